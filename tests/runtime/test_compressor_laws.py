@@ -60,7 +60,6 @@ TABLE = [
     Row("cast", {"dtype": "bfloat16"}, seen="element"),
     Row("minmax_uint8"),
     Row("blockwise", {"block": 32}, seen="part"),
-    Row("blockwise", {"bits": 2, "block": 16}, seen="part"),
     Row(
         "blockwise",
         {"bits": 3, "block": 32, "rounding": "stochastic"},
@@ -73,11 +72,6 @@ TABLE = [
         {"levels": 4, "norm": "max", "bucket": 16},
         dithered(variances.equidistant(4), "max", 16),
         seen="part",
-    ),
-    Row(
-        "qsgd",
-        {"levels": 300, "norm": "max"},
-        dithered(variances.equidistant(300), "max"),
     ),
     Row("terngrad", {}, dithered(variances.equidistant(1), "max")),
     Row("terngrad", {"clip": 1.5}, lambda x: variances.clipped_ternary(x, 1.5)),
@@ -148,6 +142,9 @@ FIXED = [name for name in NAMES if name not in RANDOM]
 COMPUTED = [name for name in NAMES if ROWS[name].squared_error is not None]
 LINEAR = [name for name, c in ALL.items() if c.facts.linear]
 every_row = pytest.mark.parametrize("name", NAMES)
+every_factory = pytest.mark.parametrize(  # what takes long to compile
+    "name", {row.factory: name for name, row in reversed(ROWS.items())}.values()
+)
 
 SHAPES = [*((d, jnp.float32) for d in (1, 7, 64, 257)), (2, jnp.bfloat16)]
 KEY = jax.random.key(20260101)
@@ -255,7 +252,7 @@ def test_stated_bytes_for_many_lengths(name):
     def payload(x):
         return c.compress(KEY, x, c.init(x))[0]
 
-    for d in (1, 2, 3, 5, 8, 9, 15, 17, 33, 256, 257, 65537):
+    for d in (1, 3, 8, 17, 256, 257, 65537):
         for dtype in (jnp.float32, jnp.bfloat16)[: 1 + (d == 17)]:
             like = jax.ShapeDtypeStruct((d,), dtype)
             leaves = jax.tree.leaves(jax.eval_shape(payload, like))
@@ -332,24 +329,35 @@ def test_extremes_stay_finite(name):
                 assert np.isfinite(np.float32(decoded)).all()
 
 
+def assert_same(results, others):
+    """Equal codes, and equal to rounding what is decoded."""
+    np.testing.assert_allclose(results[1], others[1], rtol=1e-5, atol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, (results[0], others[0])), strict=True):
+        if np.issubdtype(b.dtype, np.integer):
+            np.testing.assert_array_equal(a, b)
+
+
 @every_row
-def test_compiled_batched_and_eager_agree(name):
-    rng = np.random.default_rng(2)
-    x = np.float32(rng.standard_normal((MANY, D)))
-    keys = many_keys()
-    payloads, decoded, _ = batched(name)(x, keys)
-    first = next(n for n in NAMES if ROWS[n].factory == ROWS[name].factory)
+def test_one_by_one_and_batched_agree(name):
+    x = np.float32(np.random.default_rng(2).standard_normal((MANY, D)))
+    results = batched(name)(x, many_keys())
     for i in (0, MANY - 1):
         xs = [x[i] if len(v) == D else v for v in normal(3)]
-        others = [r for r in compiled(name)(xs, keys[i]) if r[1].shape == (D,)]
-        if name == first and i == 0:  # operation by operation takes its time
-            others.append(there_and_back(name, jnp.asarray(x[i]), keys[i]))
-        for other in others:
-            np.testing.assert_allclose(other[1], decoded[i], rtol=1e-5, atol=1e-6)
-            same = jax.tree.map(lambda a: a[i], payloads)  # noqa: B023
-            for leaf, row in zip(*map(jax.tree.leaves, (other[0], same)), strict=True):
-                if np.issubdtype(row.dtype, np.integer):
-                    np.testing.assert_array_equal(leaf, row)
+        (alone,) = (r for r in compiled(name)(xs, many_keys()[i]) if r[1].shape == (D,))
+        assert_same(alone, jax.tree.map(lambda a, i=i: a[i], results))
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["blockwise", "qsgd", "natural", "sign", "topk", "randk", "powersgd", "dct_topk"],
+)
+def test_eager_and_compiled_agree(factory):
+    """One of each family: compiling operation by operation takes its time."""
+    name = next(name for name, row in ROWS.items() if row.factory == factory)
+    x = np.float32(np.random.default_rng(3).standard_normal(257))
+    xs = [x if len(v) == 257 else v for v in normal(3)]
+    (result,) = (r for r in compiled(name)(xs) if r[1].shape == (257,))
+    assert_same(result, there_and_back(name, jnp.asarray(x), KEY))
 
 
 @every_row
@@ -514,7 +522,7 @@ def test_draws_of_a_chain():
 WORKERS = 4
 
 
-@every_row
+@every_factory
 def test_error_feedback_telescopes_in_primitives(name):
     """Nothing is lost: what was sent plus what is remembered is what was given."""
     c, d = ALL[name], 37
@@ -552,7 +560,7 @@ def test_error_feedback_telescopes_in_primitives(name):
         np.testing.assert_allclose(reduced + kept, given, atol=scale)
 
 
-@every_row
+@every_factory
 def test_types_inside_shard_map(name):
     """The mean is proved equal on all workers; errors and states belong to one."""
     c = ALL[name]

@@ -62,7 +62,17 @@ class Entry(NamedTuple):
     """An algorithm in the table that configs, lists and tests walk over."""
 
     factory: Callable[..., optax.GradientTransformationExtraArgs]
-    placement: Literal["gradient", "weight", "optimizer"]
+    placement: Literal["gradient", "weight", "optimizer", "local optimizer"]
+
+    @property
+    def is_optimizer(self) -> bool:
+        """Whether it stands alone, with no optimizer beside it."""
+        return self.placement.endswith("optimizer")
+
+    @property
+    def own_params(self) -> bool:
+        """Whether each worker has parameters of its own (typed as varying)."""
+        return self.placement in ("weight", "local optimizer")
 
     @property
     def summary(self) -> str:

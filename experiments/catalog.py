@@ -82,7 +82,7 @@ def _try_out(run: ExperimentConfig) -> None:
 
 def uses_optimizer(algorithm: AlgorithmConfig) -> bool:
     """Tell whether an algorithm is chained with an optimizer or is one itself."""
-    return ALGORITHMS[algorithm.name].placement != "optimizer"
+    return not ALGORITHMS[algorithm.name].is_optimizer
 
 
 def transform(
@@ -113,7 +113,7 @@ def transform(
         own = entry.factory(**arguments, axis_name=axis_name)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
-    if entry.placement == "optimizer":
+    if entry.is_optimizer:
         return own
     chosen = algorithm.optimizer or config.optimizer
     optimizer = getattr(optax, chosen.name)(chosen.learning_rate, **chosen.arguments())

@@ -65,7 +65,7 @@ def build(config: ExperimentConfig, task: Task, batch: Any) -> Program:
         shows what it would send.
     """
     (algorithm,) = config.algorithms
-    stacked = REGISTRY[algorithm.name].placement == "weight"
+    stacked = REGISTRY[algorithm.name].own_params
 
     initial = jax.jit(task.init)(jax.random.key(config.seed))
 

@@ -39,6 +39,10 @@ class Row(NamedTuple):
     def placement(self) -> str:
         return alg.REGISTRY[self.algorithm].placement
 
+    @property
+    def own_params(self) -> bool:
+        return alg.REGISTRY[self.algorithm].own_params
+
     def make(self, axis_name, **overrides) -> optax.GradientTransformationExtraArgs:
         options = {**self.options, **overrides}
         factory: Callable = alg.REGISTRY[self.algorithm].factory
@@ -172,14 +176,14 @@ def training(workers: Workers, row: Row, **kwargs) -> Training:
 
 
 def _training(workers: Workers, row: Row, tx=None, start=None, loss=loss) -> Training:
-    """The loop itself: weight-side algorithms let params vary, that is all."""
+    """The loop itself: params vary where workers have their own, that is all."""
     axis = workers.axis_name
     tx = row.chain(axis) if tx is None else tx
     start = params() if start is None else start
 
     def init():
         x = start
-        if row.placement == "weight":
+        if row.own_params:
             x = bagua_jax.worker_local(x, axis)
         return x, tx.init(x)
 
@@ -207,7 +211,7 @@ def run(workers: Workers, row: Row, steps: int, **kwargs):
 
 def stacked(workers: Workers, row: Row, tree: Any) -> Any:
     """Give parameters with a worker axis, whatever the placement."""
-    if row.placement == "weight":
+    if row.own_params:
         return tree
     n = workers.num_workers
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), tree)

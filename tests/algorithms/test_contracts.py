@@ -95,7 +95,7 @@ def test_state_is_stable_through_scan_and_cond(row):
 
     def program(target):
         x = params()
-        if row.placement == "weight":
+        if row.own_params:
             x = bagua_jax.worker_local(x, AXIS)
         opt = tx.init(x)
 
@@ -216,7 +216,7 @@ def test_placement_is_typed_and_replicas_agree(row, shape):
     """Gradient side and optimizers: JAX proves that replicas agree, and they do."""
     workers = Workers.devices(shape)
     loop = training(workers, row)
-    varies = row.placement == "weight"
+    varies = row.own_params
     for spec in jax.tree.leaves(loop.specs[0], is_leaf=lambda s: isinstance(s, P)):
         assert spec == (workers.spec if varies else P())
     state = before = loop.init()
@@ -233,7 +233,7 @@ def test_placement_is_typed_and_replicas_agree(row, shape):
             assert copy.tobytes() == copies[0].tobytes()
 
 
-rows_with_equal_params = [row for row in ONE_EACH if row.placement != "weight"]
+rows_with_equal_params = [row for row in ONE_EACH if not row.own_params]
 
 
 @pytest.mark.parametrize("row", rows_with_equal_params, ids=ids(rows_with_equal_params))
@@ -288,8 +288,7 @@ def test_masked_named_and_injected(row):
     parts = {
         "gradient": [("sync", bare), ("opt", inner)],
         "weight": [("opt", inner), ("sync", bare)],
-        "optimizer": [("sync", bare)],
-    }[row.placement]
+    }.get(row.placement, [("sync", bare)])
     named = optax.named_chain(*parts)
     out = run(workers, row, steps=3, tx=named)
     plain = run(workers, row, steps=3)
@@ -324,10 +323,6 @@ def test_inside_wrappers_with_branches(row):
     """Branches need equal types: ``varying`` gives them."""
     workers = Workers.devices(4)
     bare = row.chain(AXIS)
-
-    def always(updates, state, params):
-        del updates, state, params
-        return True
 
     wrapped = [
         optax.MultiSteps(
@@ -409,7 +404,7 @@ def test_saved_and_restored_state_continues_equally(row):
 class TestRefusals:
     """Gradients that JAX has already summed over the workers."""
 
-    rows = [row for row in ONE_EACH if row.placement != "weight"]
+    rows = [row for row in ONE_EACH if not row.own_params]
 
     @pytest.mark.parametrize("n", [1, 8])
     @pytest.mark.parametrize("row", rows, ids=ids(rows))

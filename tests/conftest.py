@@ -4,6 +4,9 @@ import os
 
 # Twice the host devices: on few cores jax 0.10 can deadlock with two steps in flight.
 os.environ.setdefault("NPROC", "16")
+# Most of the time is compilation. LLVM's optimizations are a fifth of it and change no
+# collective, which XLA places before; XLA_FLAGS= in the environment has them back.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

@@ -1,5 +1,6 @@
 """The table of algorithms that contract tests walk over: a new one is a new row."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,24 +9,86 @@ import jax.numpy as jnp
 import optax
 
 import bagua_jax
-from bagua_jax import Workers, compressors
+from bagua_jax import Workers, compressors, topologies
 from bagua_jax import algorithms as alg
 from bagua_jax.compressors import Compressor
 
 LEARNING_RATE = 0.1
 
 
-class Row(NamedTuple):
-    """One configuration of an algorithm.
+# --- bytes and messages that a worker sends on a step, from the payload it states -----
 
-    ``make(axis_name, **overrides)`` gives the bare transform, ``exact`` says that its
-    fixed point is the exact optimum for every worker (else only up to ``floor``, the
-    distance that compression or heterogeneity leaves).
+Sizes = tuple[int, ...]  # elements of each bucket
+Sends = Callable[[int, Sizes], tuple[float, float]]
+CODES = compressors.minmax_uint8()
+
+
+def payload(compressor: Compressor, elements: int) -> int:
+    like = jax.ShapeDtypeStruct((elements,), jnp.float32)
+    return compressor.facts.payload_bytes(like)
+
+
+def allreduce(share: float = 1.0) -> Sends:
+    """An exact mean on a share of the steps; XLA joins buckets in one all-reduce."""
+    return lambda n, sizes: (share * 2 * (n - 1) / n * 4 * sum(sizes), share)
+
+
+def scatter(compressor: Compressor = CODES, share: float = 1.0) -> Sends:
+    """Parts to their owners, and means back: n - 1 payloads each way."""
+
+    def sends(n, sizes):
+        parts = sum(payload(compressor, math.ceil(d / n)) for d in sizes)
+        return share * 2 * (n - 1) * parts, share * 2 * len(sizes)
+
+    return sends
+
+
+def gather(compressor: Compressor, share: float = 1.0) -> Sends:
+    """A payload to each of the others."""
+
+    def sends(n, sizes):
+        total = sum(payload(compressor, d) for d in sizes)
+        return share * (n - 1) * total, share * len(sizes)
+
+    return sends
+
+
+def gossip(
+    topology: str = "ring",
+    compressor: Compressor | None = None,
+    share: float = 1.0,
+    extra: int = 0,
+) -> Sends:
+    """A message along each permutation of a graph; ``extra`` floats ride along."""
+    sent = compressors.identity() if compressor is None else compressor
+
+    def sends(n, sizes):
+        graph = topologies.REGISTRY[topology](n)
+        ways = share * sum(len(step.sends) for step in graph.steps) / graph.period
+        each = sum(payload(sent, d) for d in sizes) + 4 * extra
+        return ways * each, ways * len(sizes)
+
+    return sends
+
+
+class Row(NamedTuple):
+    """One configuration of an algorithm, and what the contracts must know of it.
+
+    Attributes:
+        algorithm: its name in the registry.
+        options: keyword arguments of its factory.
+        floor: distance to the optimum that compression or heterogeneity leaves; above 1
+            it is the workers' spread, and their mean comes closer.
+        sends: (n, sizes of buckets) -> bytes and messages of a worker on a step.
+        plain: options that switch compression and outer optimizers off, after which one
+            worker is the inner optimizer; ``None`` where it never is.
     """
 
     algorithm: str
     options: dict[str, Any]
-    floor: float
+    floor: float = 0.0
+    sends: Sends = allreduce()
+    plain: dict[str, Any] | None = {}
 
     @property
     def id(self) -> str:
@@ -57,27 +120,59 @@ class Row(NamedTuple):
         return optax.chain(inner, tx) if self.placement == "weight" else tx
 
 
+NO_CODEC = {"compressor": compressors.identity()}
+TOP = compressors.topk(0.25)
+
 ROWS = [
     Row("gradient_allreduce", {}, 1e-4),
-    Row("bytegrad", {}, 0.1),
-    Row("bytegrad", {"error_feedback": "both"}, 0.1),
+    Row("bytegrad", {}, 0.1, scatter(), plain=None),
+    Row("bytegrad", {"error_feedback": "both"}, 0.1, scatter(), plain=None),
     # A bucket for each leaf, so that sparse messages have something of every leaf.
     Row(
         "compressed_mean",
-        {
-            "compressor": compressors.topk(0.25),
-            "plan": "all_gather",
-            "bucket_bytes": 4,
-        },
+        {"compressor": TOP, "plan": "all_gather", "bucket_bytes": 4},
         0.1,
+        gather(TOP),
+        NO_CODEC,
     ),
-    Row("compressed_mean", {"compressor": compressors.sign("l1")}, 0.2),
-    Row("delayed_gradients", {"staleness": 2}, 1e-3),
-    Row("diana", {"compressor": compressors.qsgd(8)}, 0.1),
-    Row("ef21", {"compressor": compressors.topk(0.25), "bucket_bytes": 4}, 0.05),
-    Row("dgc", {"momentum": 0.5, "density": 0.25, "bucket_bytes": 4}, 0.2),
-    Row("powersgd", {"rank": 1, "min_compression": 1.0}, 0.05),
-    Row("qadam", {"learning_rate": 0.05, "warmup_steps": 20}, 0.2),
+    Row(
+        "compressed_mean",
+        {"compressor": compressors.sign("l1")},
+        0.2,
+        scatter(compressors.sign("l1")),
+        NO_CODEC,
+    ),
+    Row("delayed_gradients", {"staleness": 2}, 1e-3, plain={"staleness": 0}),
+    Row(
+        "diana",
+        {"compressor": compressors.qsgd(8)},
+        0.1,
+        gather(compressors.qsgd(8)),
+        NO_CODEC,
+    ),
+    Row("ef21", {"compressor": TOP, "bucket_bytes": 4}, 0.05, gather(TOP), NO_CODEC),
+    Row(
+        "dgc",
+        {"momentum": 0.5, "density": 0.25, "bucket_bytes": 4},
+        0.2,
+        gather(TOP),
+        {"density": 1.0},
+    ),
+    Row(
+        "powersgd",
+        {"rank": 1, "min_compression": 1.0},
+        0.05,
+        # P with the exact leaves, then Q: rank 1 of a 301 x 7 matrix.
+        lambda n, sizes: (2 * (n - 1) / n * 4 * (301 + 14 + 7), 2),
+        {"rank": 5},
+    ),
+    Row(
+        "qadam",
+        {"learning_rate": 0.05, "warmup_steps": 20},
+        0.2,
+        scatter(),
+        NO_CODEC,
+    ),
     Row(
         "qadam",
         {
@@ -87,41 +182,111 @@ ROWS = [
             "error_feedback": "both",
         },
         0.2,
+        scatter(),
+        NO_CODEC,
     ),
-    Row("signum", {"learning_rate": 0.015, "weight_decay": 1e-4}, 0.3),
-    Row("one_bit_adam", {"learning_rate": 0.05, "warmup_steps": 20, "b2": 0.9}, 0.3),
-    Row("decentralized", {}, 2.0),
-    Row("decentralized", {"combine": "after"}, 2.0),
+    Row(
+        "signum",
+        {"learning_rate": 0.015, "weight_decay": 1e-4},
+        0.3,
+        # Eight signs a byte, and a byte that says that they are finite.
+        lambda n, sizes: (2 * (n - 1) * (-(-math.ceil(sum(sizes) / n) // 8) + 1), 2),
+        plain=None,
+    ),
+    Row(
+        "one_bit_adam",
+        {"learning_rate": 0.05, "warmup_steps": 20, "b2": 0.9},
+        0.3,
+        scatter(compressors.sign("l2")),
+        plain=None,
+    ),
+    Row("decentralized", {}, 2.0, gossip()),
+    Row("decentralized", {"combine": "after"}, 2.0, gossip()),
     Row("decentralized", {"topology": "complete"}, 0.6),
-    Row("decentralized", {"topology": "shift_one", "communication_interval": 2}, 2.0),
-    Row("decentralized", {"topology": "one_peer_exponential"}, 2.0),
-    Row("decentralized", {"topology": "static_exponential"}, 2.0),
-    Row("low_precision_decentralized", {}, 2.0),
-    Row("low_precision_decentralized", {"communication_interval": 2}, 2.0),
-    Row("async_model_average", {"period": 4, "staleness": 2, "warmup_steps": 3}, 2.0),
-    Row("async_model_average", {"period": 2}, 2.0),
-    Row("local_sgd", {"local_steps": 4, "start_step": 3}, 2.0),
-    Row("slowmo", {"local_steps": 3, "learning_rate": LEARNING_RATE}, 2.0),
-    Row("diloco", {"local_steps": 3}, 2.0),
-    Row("diloco", {"local_steps": 2, "compressor": compressors.minmax_uint8()}, 2.0),
+    Row(
+        "decentralized",
+        {"topology": "shift_one", "communication_interval": 2},
+        2.0,
+        gossip("shift_one", share=1 / 2),
+    ),
+    Row(
+        "decentralized",
+        {"topology": "one_peer_exponential"},
+        2.0,
+        gossip("one_peer_exponential"),
+    ),
+    Row(
+        "decentralized",
+        {"topology": "static_exponential"},
+        2.0,
+        gossip("static_exponential"),
+    ),
+    Row("low_precision_decentralized", {}, 2.0, gossip("ring", CODES), NO_CODEC),
+    Row(
+        "low_precision_decentralized",
+        {"communication_interval": 2},
+        2.0,
+        gossip("ring", CODES, share=1 / 2),
+        NO_CODEC,
+    ),
+    Row(
+        "async_model_average",
+        {"period": 4, "staleness": 2, "warmup_steps": 3},
+        2.0,
+        allreduce(1 / 4),
+    ),
+    Row("async_model_average", {"period": 2}, 2.0, allreduce(1 / 2)),
+    Row("local_sgd", {"local_steps": 4, "start_step": 3}, 2.0, allreduce(1 / 4)),
+    Row(
+        "slowmo",
+        {"local_steps": 3, "learning_rate": LEARNING_RATE},
+        2.0,
+        allreduce(1 / 3),
+        {"slow_momentum": 0.0, "slow_learning_rate": 1.0},
+    ),
+    Row(
+        "diloco",
+        {"local_steps": 3},
+        2.0,
+        allreduce(1 / 3),
+        {"outer_momentum": 0.0, "outer_learning_rate": 1.0},
+    ),
+    Row(
+        "diloco",
+        {"local_steps": 2, "compressor": CODES},
+        2.0,
+        scatter(share=1 / 2),
+        {"outer_momentum": 0.0, "outer_learning_rate": 1.0, "compressor": None},
+    ),
     Row(
         "choco_sgd",
-        {"compressor": compressors.minmax_uint8(), "consensus_step_size": 0.8},
+        {"compressor": CODES, "consensus_step_size": 0.8},
         2.0,
+        gossip("ring", CODES),
+        NO_CODEC,
     ),
     Row(
         "delayed_choco",
-        {"compressor": compressors.minmax_uint8(), "consensus_step_size": 0.3},
+        {"compressor": CODES, "consensus_step_size": 0.3},
         2.0,
+        gossip("ring", CODES),
+        NO_CODEC,
     ),
-    Row("exact_diffusion", {}, 0.01),
+    Row("exact_diffusion", {}, 0.01, gossip()),
     Row("d2", {"topology": "complete"}, 0.01),
     Row(
         "deep_squeeze",
-        {"compressor": compressors.minmax_uint8(), "mixing_rate": 0.8},
+        {"compressor": CODES, "mixing_rate": 0.8},
         2.0,
+        gossip("ring", CODES),
+        NO_CODEC,
     ),
-    Row("stochastic_gradient_push", {}, 2.0),
+    Row(
+        "stochastic_gradient_push",
+        {},
+        2.0,
+        gossip("one_peer_exponential", extra=1),  # the mass rides along
+    ),
 ]
 
 ONE_EACH = list({row.algorithm: row for row in reversed(ROWS)}.values())[::-1]
@@ -215,28 +380,3 @@ def stacked(workers: Workers, row: Row, tree: Any) -> Any:
         return tree
     n = workers.num_workers
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), tree)
-
-
-def identity_like(row: Row) -> dict[str, Any]:
-    """Options that switch compression and outer optimizers off, where there are any."""
-    outer = {
-        "slowmo": {"slow_momentum": 0.0, "slow_learning_rate": 1.0},
-        "diloco": {"outer_momentum": 0.0, "outer_learning_rate": 1.0},
-        "delayed_gradients": {"staleness": 0},
-        "dgc": {"density": 1.0},
-        "powersgd": {"rank": 5},
-    }
-    compressed = (
-        "qadam",
-        "low_precision_decentralized",
-        "choco_sgd",
-        "delayed_choco",
-        "deep_squeeze",
-        "compressed_mean",
-        "one_bit_adam",
-        "diana",
-        "ef21",
-    )
-    if row.algorithm in compressed:
-        return {"compressor": compressors.identity()}
-    return outer.get(row.algorithm, {})

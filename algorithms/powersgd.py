@@ -45,9 +45,10 @@ def powersgd(
 
         u_t = P {Q'}^\top,\quad e_{t+1}^i = M^i - u_t
 
-    A leaf of two or more dimensions is a matrix of m = (first dimension) rows and
-    c = (the rest) columns. It is compressed if that pays: if (m + c) r times
-    ``min_compression`` is below m c. All other leaves are averaged exactly.
+    A leaf of two or more dimensions is a matrix of c = (last dimension) columns and
+    m = (all others) rows: a kernel's outputs stand last in JAX. It is compressed if
+    that pays: if (m + c) r times ``min_compression`` is below m c. All other leaves are
+    averaged exactly.
 
     Args:
         axis_name: the workers' axis, or ``("node", "local")``. The method is linear, so
@@ -84,6 +85,7 @@ def powersgd(
         sum of all mean gradients less the mean error.
 
     Differences from the paper:
+        Rows and columns as above, where its kernels have outputs first.
         QR instead of Gram-Schmidt; matrices of one shape are orthogonalised together.
         The columns of Q are scaled to length 1 between steps, which changes nothing but
         keeps small gradients from vanishing in products. Momentum is left to the
@@ -195,7 +197,8 @@ def powersgd(
 def _matrix_shape(leaf: jax.Array) -> tuple[int, int]:
     """Give the rows and columns of a leaf seen as a matrix; a vector is one column."""
     shape = jnp.shape(leaf)
-    return (shape[0] if shape else 1), math.prod(shape[1:])
+    columns = shape[-1] if len(shape) > 1 else 1
+    return math.prod(shape) // max(columns, 1), columns
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

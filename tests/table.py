@@ -11,7 +11,7 @@ import optax
 import bagua_jax
 from bagua_jax import Workers, compressors, topologies
 from bagua_jax import algorithms as alg
-from bagua_jax.compressors import Compressor
+from bagua_jax.compressors import Compressor, blockwise, chain, topk
 
 LEARNING_RATE = 0.1
 
@@ -71,6 +71,16 @@ def gossip(
     return sends
 
 
+def together(*kinds: Sends) -> Sends:
+    """What steps of several kinds send, each on its share."""
+
+    def sends(n, sizes):
+        each = [kind(n, sizes) for kind in kinds]
+        return sum(nbytes for nbytes, _ in each), sum(messages for _, messages in each)
+
+    return sends
+
+
 class Row(NamedTuple):
     """One configuration of an algorithm, and what the contracts must know of it.
 
@@ -103,6 +113,10 @@ class Row(NamedTuple):
         return alg.REGISTRY[self.algorithm].placement
 
     @property
+    def is_optimizer(self) -> bool:
+        return alg.REGISTRY[self.algorithm].is_optimizer
+
+    @property
     def own_params(self) -> bool:
         return alg.REGISTRY[self.algorithm].own_params
 
@@ -122,6 +136,8 @@ class Row(NamedTuple):
 
 NO_CODEC = {"compressor": compressors.identity()}
 TOP = compressors.topk(0.25)
+ROUNDED = compressors.blockwise(bits=8, rounding="stochastic")
+FOUR_BITS = compressors.blockwise(bits=4)
 
 ROWS = [
     Row("gradient_allreduce", {}, 1e-4),
@@ -150,6 +166,13 @@ ROWS = [
         gather(compressors.qsgd(8)),
         NO_CODEC,
     ),
+    Row(
+        "marina",
+        {"compressor": compressors.qsgd(8), "probability": 0.25},
+        0.1,
+        together(allreduce(1 / 4), gather(compressors.qsgd(8), 3 / 4)),
+        NO_CODEC,
+    ),
     Row("ef21", {"compressor": TOP, "bucket_bytes": 4}, 0.05, gather(TOP), NO_CODEC),
     Row(
         "dgc",
@@ -165,6 +188,17 @@ ROWS = [
         # P with the exact leaves, then Q: rank 1 of a 301 x 7 matrix.
         lambda n, sizes: (2 * (n - 1) / n * 4 * (301 + 14 + 7), 2),
         {"rank": 5},
+    ),
+    Row(
+        "adasum",
+        {},
+        1e-3,
+        # An n-th of every leaf both ways; per level three products of pairs and leaves.
+        lambda n, sizes: (
+            2 * (n - 1) * 4 * (sum(math.ceil(d / n) for d in (301 * 7, 13, 1)))
+            + 2 * (n - 1) / n * 4 * 3 * 3 * (n - 1),
+            2 + math.log2(n),
+        ),
     ),
     Row(
         "qadam",
@@ -259,6 +293,16 @@ ROWS = [
         {"outer_momentum": 0.0, "outer_learning_rate": 1.0, "compressor": None},
     ),
     Row(
+        "cocktail_sgd",
+        {"mask_ratio": 0.5, "staleness": 1, "bucket_bytes": 4},
+        0.3,
+        # The default compressor on half of the places of each owner's part.
+        lambda n, sizes: scatter(chain(topk(0.5), blockwise(8, 128)))(
+            n, tuple(n * math.ceil(math.ceil(d / n) / 2) for d in sizes)
+        ),
+        {**NO_CODEC, "mask_ratio": 1.0, "staleness": 0},
+    ),
+    Row(
         "choco_sgd",
         {"compressor": CODES, "consensus_step_size": 0.8},
         2.0,
@@ -286,6 +330,71 @@ ROWS = [
         {},
         2.0,
         gossip("one_peer_exponential", extra=1),  # the mass rides along
+    ),
+    Row(
+        "overlapped_push",
+        {"staleness": 2},
+        2.0,
+        gossip("one_peer_exponential", extra=1),
+    ),
+    Row(
+        "ecd_psgd",
+        {"compressor": ROUNDED},
+        2.0,
+        gossip("ring", ROUNDED),
+        NO_CODEC,
+    ),
+    Row(
+        "moniqua",
+        {"theta": 4.0},
+        2.0,
+        # A byte an element, and one that says that they are finite.
+        lambda n, sizes: (2 * (sum(sizes) + len(sizes)), 2 * len(sizes)),
+    ),
+    Row(
+        "relay_sgd",
+        {},
+        0.01,
+        # Each of n - 1 edges both ways; three rounds, as some have three neighbours.
+        lambda n, sizes: (2 * (n - 1) / n * 4 * sum(sizes), 3 * len(sizes)),
+    ),
+    Row(
+        "quasi_global_momentum",
+        {"learning_rate": LEARNING_RATE, "momentum": 0.5, "smoothing": 0.5},
+        2.0,
+        gossip(),
+        {"momentum": 0.0},
+    ),
+    Row(
+        "hierarchical_averaging",
+        {"periods": {2: 2, 4: None}},
+        2.0,
+        # Everybody after every fourth step, pairs in two halves after every other.
+        lambda n, sizes: (
+            (2 * (n - 1) / n * sum(sizes) + sum(2 * math.ceil(d / 2) for d in sizes)),
+            (1 + 2 * len(sizes)) / 4,
+        ),
+        {"periods": {4: None}},
+    ),
+    Row(
+        "streaming_diloco",
+        {"local_steps": 4, "fragments": 2, "compressor": FOUR_BITS},
+        2.0,
+        # Of the leaves of 13, 1 and 301 x 7 the second by itself.
+        lambda n, sizes: tuple(
+            sum(sent)
+            for sent in zip(
+                scatter(FOUR_BITS, 1 / 4)(n, (13 + 301 * 7,)),
+                scatter(FOUR_BITS, 1 / 4)(n, (1,)),
+                strict=True,
+            )
+        ),
+        {
+            "outer_momentum": 0.0,
+            "outer_learning_rate": 1.0,
+            "staleness": 0,
+            "compressor": None,
+        },
     ),
 ]
 

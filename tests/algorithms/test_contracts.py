@@ -10,7 +10,6 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from table import (
-    LEARNING_RATE,
     ONE_EACH,
     ROWS,
     ids,
@@ -272,6 +271,9 @@ def test_consensus_contracts(row):
     np.testing.assert_allclose(y, np.tile(x.mean(0), (8, 1)), atol=2e-5)
 
 
+STATIC = {"warmup_steps", "axis_name", "bucket_bytes", "seed"}
+
+
 @every_algorithm
 def test_masked_named_and_injected(row):
     """The compositions that users of optax reach for."""
@@ -283,38 +285,25 @@ def test_masked_named_and_injected(row):
         "empty": True,
         "vector": True,
     }
-    bare = row.make(AXIS)
-    inner = optax.sgd(LEARNING_RATE, momentum=0.5)
-    parts = {
-        "gradient": [("sync", bare), ("opt", inner)],
-        "weight": [("opt", inner), ("sync", bare)],
-    }.get(row.placement, [("sync", bare)])
-    named = optax.named_chain(*parts)
-    out = run(workers, row, steps=3, tx=named)
-    plain = run(workers, row, steps=3)
-    chex.assert_trees_all_equal(out[0], plain[0])
-
-    masked = optax.chain(
-        *(optax.masked(tx, mask) if name == "sync" else tx for name, tx in parts)
-    )
-    out = run(workers, row, steps=3, tx=masked)
-    chex.assert_tree_all_finite(out[0])
-
-    # A hyperparameter can be injected and changed without recompilation.
-    injected = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
-    if row.placement == "gradient":
-        tx = optax.chain(bare, injected)
-    elif row.placement == "weight":
-        tx = optax.chain(injected, bare)
-    else:
+    # A hyperparameter can be injected, and changed without recompilation.
+    inner = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    sync = row.make(AXIS)
+    if row.is_optimizer:
         factory = alg.REGISTRY[row.algorithm].factory
-        static = {"warmup_steps", "axis_name", "bucket_bytes", "seed"}
-        tx = optax.inject_hyperparams(
-            factory, static_args=static & set(inspect.signature(factory).parameters)
-        )(axis_name=AXIS, **row.options)
-    out = run(workers, row, steps=3, tx=tx)
+        static = STATIC & set(inspect.signature(factory).parameters)
+        injected = optax.inject_hyperparams(factory, static_args=static)
+        sync = injected(axis_name=AXIS, **row.options)
+    sync = ("sync", optax.masked(sync, mask))
+    parts = {"gradient": [sync, ("opt", inner)], "weight": [("opt", inner), sync]}
+    out = run(
+        workers,
+        row,
+        steps=3,
+        tx=optax.named_chain(*parts.get(row.placement, [sync])),
+    )
+    chex.assert_tree_all_finite(out[0])
     assert optax.tree.get(out[1], "learning_rate") == pytest.approx(
-        row.options.get("learning_rate", 0.1)
+        row.options["learning_rate"] if row.is_optimizer else 0.1
     )
 
 
@@ -333,13 +322,15 @@ def test_inside_wrappers_with_branches(row):
     for tx in wrapped:
 
         def program(target, tx=tx):
+            def step(carry, _):
+                x, opt = carry
+                updates, opt = tx.update(jax.grad(loss)(x, target), opt, x)
+                x = optax.apply_updates(x, updates)
+                return bagua_jax.worker_local((x, opt), AXIS), None
+
             x = bagua_jax.worker_local(params(), AXIS)
             opt = bagua_jax.worker_local(tx.init(x), AXIS)
-            for _ in range(4):
-                grads = jax.grad(loss)(x, target)
-                updates, opt = tx.update(grads, opt, x)
-                x = optax.apply_updates(x, updates)
-            return bagua_jax.worker_local(x, AXIS)
+            return jax.lax.scan(step, (x, opt), length=4)[0][0]
 
         out = workers.spmd(program, in_specs=workers.spec)(targets(4))
         chex.assert_tree_all_finite(out)
@@ -431,7 +422,8 @@ class TestRefusals:
             grads = jax.grad(loss)(x, target.reshape(()))
             return tx.update(grads, tx.init(x), x)[0]
 
-        simulated = jax.vmap(step, axis_name=AXIS, out_axes=None)(targets(4))
+        simulate = jax.jit(jax.vmap(step, axis_name=AXIS, out_axes=None))
+        simulated = simulate(targets(4))
         mesh = Workers.devices(4).mesh
         unchecked = jax.jit(
             jax.shard_map(

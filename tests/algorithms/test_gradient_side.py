@@ -171,7 +171,7 @@ def test_trajectory_of_the_oracle(name):
     np.testing.assert_array_equal(
         expected, np.broadcast_to(expected[:, :1], expected.shape)
     )
-    # A power iteration divides by a length that is small now and then, and what rounding
+    # A power iteration divides by a length that is small now and then; what rounding
     # did to it then stays in the errors.
     atol = 2e-3 if name == "powersgd" else 2e-5
     for place in ("vmap", "devices"):

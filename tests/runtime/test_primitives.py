@@ -296,6 +296,28 @@ def test_empty_vectors(place):
     assert {y.dtype for y in out} == {x.dtype}
 
 
+@both_places
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_rows_go_to_their_owners_and_come_back_to_all(place, n):
+    """Scattered they are transposed; gathered they are equal by their type, too."""
+    x = np.arange(n * n * 2, dtype=np.int16).reshape(n, n, 2)
+    workers = PLACES[place](n)
+
+    def program(rows):
+        mine = primitives.scatter_rows(rows, axis_name="workers")
+        empty = primitives.scatter_rows(rows[:, :0], axis_name="workers")
+        return (
+            mine,
+            primitives.gather_rows(mine, axis_name="workers"),
+            primitives.gather_rows(empty[0], axis_name="workers"),
+        )
+
+    mine, all_rows, nothing = workers.spmd(program, in_specs=workers.spec)(x)
+    np.testing.assert_array_equal(mine, x.swapaxes(0, 1))
+    np.testing.assert_array_equal(all_rows, x.swapaxes(0, 1))
+    assert all_rows.dtype == x.dtype and nothing.shape == (n, 0, 2)
+
+
 # --- narrow dtypes at their ends -----------------------------------------------------
 
 
@@ -1221,3 +1243,34 @@ def test_mixing_with_unequal_weights(place):
         x,
     )
     np.testing.assert_allclose(got, topology.mixing_matrix() @ np.float64(x), atol=1e-6)
+
+
+@both_places
+@pytest.mark.parametrize("name", ["minmax_uint8", "cast(bfloat16)"])
+def test_mean_and_own(place, name):
+    """The mean of what all sent, and what I sent, as everybody decoded it."""
+    n, x = 4, random(4, 37)
+    compressor, decode = {"minmax_uint8": (MINMAX, codec)}.get(name, (BF16, bf16))
+    mean, own = everywhere(
+        PLACES[place](n),
+        lambda x: primitives.mean_and_own(x, compressor, axis_name="workers"),
+        x,
+    )
+    np.testing.assert_allclose(own, decode(x), atol=1e-6)
+    np.testing.assert_allclose(mean, exact_mean(own), atol=1e-6)
+    assert (mean == mean[0]).all()
+
+
+def test_mean_and_own_sums_what_may_be_summed():
+    """A shared mask: all draw the same positions, and one all-reduce does."""
+    x, shared = random(4, 40), compressors.randk(0.25)
+
+    @functools.partial(jax.vmap, axis_name="w", in_axes=(0, None))
+    def program(x, key):
+        return primitives.mean_and_own(x, shared, axis_name="w", key=key)
+
+    mean, own = program(x, jax.random.key(3))
+    sent = np.asarray(own) != 0
+    assert (sent == sent[0]).all() and sent[0].sum() == 10
+    np.testing.assert_allclose(own, np.where(sent, 4 * x, 0), rtol=1e-6)
+    np.testing.assert_allclose(mean, exact_mean(np.asarray(own)), atol=1e-6)

@@ -37,6 +37,7 @@ def compressed_mean(
     axis_name: AxisName,
     plan: Plan | None = None,
     error_feedback: ErrorFeedback | None = None,
+    unsafe: bool = False,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -80,6 +81,8 @@ def compressed_mean(
         error_feedback: where the errors d (``"worker"``) and e (``"owner"``) are kept:
             there, at ``"both"`` ends, or at ``"none"``. Where ``None``: none for
             unbiased compressors, else wherever something is compressed.
+        unsafe: take a biased compressor without error feedback all the same: the
+            baseline that shows what feedback is for.
         bucket_bytes: wished size of a bucket in bytes; static.
         seed: of the key that a stochastic compressor draws from.
 
@@ -138,7 +141,7 @@ def compressed_mean(
     choices = ("none", "worker", "owner", "both")
     checks.require_choice(caller, "error_feedback", error_feedback, choices)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
-    _require_legal(compressor, plan, error_feedback, axis_name)
+    _require_legal(compressor, plan, error_feedback, unsafe, axis_name)
     stateful = _is_stateful(compressor)
 
     def init_fn(params):
@@ -212,7 +215,7 @@ def _is_stateful(compressor: Compressor) -> bool:
     return bool(jax.tree.leaves(jax.eval_shape(compressor.init, _TYPICAL)))
 
 
-def _require_legal(compressor, plan, error_feedback, axis_name) -> None:
+def _require_legal(compressor, plan, error_feedback, unsafe, axis_name) -> None:
     """Refuse what cannot work; warn of what need not."""
     facts, d = compressor.facts, _TYPICAL.shape[0]
     if plan == "linear_sum" and not facts.linear:
@@ -248,13 +251,14 @@ def _require_legal(compressor, plan, error_feedback, axis_name) -> None:
             )
         return
     delta = facts.delta(d) if facts.delta else None
-    if error_feedback == "none" and (delta is None or delta < 0.5):
+    if error_feedback == "none" and not unsafe and (delta is None or delta < 0.5):
         known = "no contraction" if delta is None else f"delta={delta:.3g} at d={d}"
         raise ValueError(
             f"compressed_mean: {facts.name} is biased with {known}, and without error "
             "feedback what it drops is lost for good: it stalls or diverges on simple "
             "problems. Use error_feedback='worker'"
             + (" or 'both'." if plan == "scatter_reduce" else ".")
+            + " unsafe=True shows it."
         )
     if error_feedback != "none" and delta is None:
         warnings.warn(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
 __all__ = [
@@ -135,6 +136,9 @@ class AlgorithmConfig:
     """What tables, plots and folders call it; its name where empty."""
     optimizer: OptimizerConfig | None = None
     """Instead of the experiment's optimizer (as a whole)."""
+    may_diverge: bool = False
+    """Whether a loss that is not finite or above a million ends the run as diverged; a
+    loss that is not finite is else a failure."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the algorithm, without ``axis_name``."""
 
@@ -150,7 +154,7 @@ class ExperimentConfig:
     experiment: str
     """Name of the experiment and of its folder."""
     task: str
-    """mnist5k, digits, quadratic, or your own as package.module:name."""
+    """One that `bagua-jax list tasks` shows, or your own as package.module:name."""
     algorithms: Annotated[
         tuple[AlgorithmConfig, ...],
         PrimitiveConstructorSpec(
@@ -184,6 +188,8 @@ class ExperimentConfig:
     """Folder of all experiments."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """What algorithms are chained with that are no optimizers themselves."""
+    claims: Suppress[tuple[str, ...]] = ()
+    """What must hold of the runs at their end, such as ``topk.eval/loss < 0.1``."""
 
     def __post_init__(self):
         _require_file_name("experiment", self.experiment)
@@ -258,23 +264,26 @@ def read_yaml(text: str, source: str = "config") -> Any:
 
 
 def shipped() -> dict[str, Path]:
-    """Find the configs that come with the package, by name."""
+    """Find the configs that come with the package, by name, such as ``published/X``."""
     folder = Path(str(importlib.resources.files("bagua_jax.experiments"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    paths = sorted(folder.glob("*.yaml")) + sorted(folder.glob("*/*.yaml"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def load(source: str | Path) -> ExperimentConfig:
     """Read a config.
 
     Args:
-        source: path of a YAML file, or the name of a shipped config.
+        source: path of a YAML file, or the name of a shipped config, with or without
+            its folder.
 
     Raises:
         ConfigError: if there is no such config, or it is not one.
     """
     path, known = Path(source), shipped()
-    if not path.exists() and str(source) in known:
-        path = known[str(source)]
+    short = {name.rpartition("/")[2]: file for name, file in known.items()}
+    if not path.exists() and str(source) in short | known:
+        path = (short | known)[str(source)]
     elif not path.exists():
         raise unknown("CONFIG", str(source), known, "file or shipped config")
     try:
@@ -291,6 +300,11 @@ def load(source: str | Path) -> ExperimentConfig:
 def _parse_experiment(raw: Any) -> ExperimentConfig:
     if isinstance(raw, dict) and "algorithms" in raw:
         raw = raw | {"algorithms": parse_algorithms(raw["algorithms"])}
+    if isinstance(raw, dict) and "claims" in raw:
+        claims = raw["claims"]
+        if not isinstance(claims, list) or not all(isinstance(c, str) for c in claims):
+            raise ConfigError(f"claims: must be a list of lines, got {claims!r}.")
+        raw = raw | {"claims": tuple(claims)}
     return _parse(ExperimentConfig, raw, "")
 
 
@@ -346,7 +360,8 @@ def _parse_algorithm(raw: Any, index: int) -> AlgorithmConfig:
         raise ConfigError(
             f"{path}: must be a name or a mapping with a name, got {raw!r}."
         )
-    own = {k: v for k, v in raw.items() if k in ("name", "label", "optimizer")}
+    named = ("name", "label", "optimizer", "may_diverge")
+    own = {k: v for k, v in raw.items() if k in named}
     arguments = {k: v for k, v in raw.items() if k not in own}
     return _parse(AlgorithmConfig, own | {"arguments": arguments}, path + ".")
 
@@ -393,11 +408,11 @@ def check_value(value: Any, hint: Any, name: str) -> Any:
             raise unknown(name, value, map(str, valid), "choice")
         return value
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        parts = typing.get_args(hint)
-        if value is None and type(None) in parts:
+        parts = [p for p in typing.get_args(hint) if p is not type(None)]
+        if value is None and len(parts) < len(typing.get_args(hint)):
             return None
         checkable = [p for p in parts if _checkable(p)]
-        if len(checkable) == 1:
+        if len(checkable) == 1 and (len(parts) == 1 or checkable != [str]):
             return check_value(value, checkable[0], name)
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -426,6 +441,8 @@ def _as_yaml(algorithm: AlgorithmConfig) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": algorithm.name, "label": algorithm.label}
     if algorithm.optimizer is not None:
         entry["optimizer"] = _set_fields(algorithm.optimizer)
+    if algorithm.may_diverge:
+        entry["may_diverge"] = True
     return entry | dict(algorithm.arguments)
 
 
@@ -442,6 +459,9 @@ def dump(config: ExperimentConfig) -> str:
     else:
         raw["optimizer"] = _set_fields(config.optimizer)
     raw["algorithms"] = [_as_yaml(a) for a in config.algorithms]
+    raw["claims"] = list(config.claims)
+    if not config.claims:
+        del raw["claims"]
     return yaml.safe_dump(raw, sort_keys=False)
 
 

@@ -1,7 +1,7 @@
-"""What an experiment shows at its end: one table, two figures, one results.json."""
+"""What an experiment shows at its end: tables, two figures, one results.json."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bagua_jax.experiments import folders
+from bagua_jax.experiments import claims, folders
 from bagua_jax.experiments.config import ExperimentConfig
 
-__all__ = ["cumulative_bytes", "headline", "human_bytes", "write"]
+__all__ = ["cumulative_bytes", "headline", "human_bytes", "judge", "write"]
 
 Result = tuple[ExperimentConfig, dict[str, Any]]
 """The config of one run, resolved, and its summary."""
@@ -48,15 +48,17 @@ def write(
     title: str,
     results: Sequence[Result],
     failures: Sequence[str],
+    verdicts: Sequence[claims.Verdict],
     console: Console,
 ) -> None:
-    """Print the table, and save it with the figures in the experiment's folder.
+    """Print the tables, and save them with the figures in the experiment's folder.
 
     Args:
         config: of the experiment.
         title: of the task.
         results: of the runs that finished.
         failures: a line for each run that did not.
+        verdicts: on the config's claims.
         console: where the table goes.
     """
     folder = Path(config.output) / config.experiment
@@ -65,6 +67,8 @@ def write(
     console.print(f"[dim]{_caption(config)}", highlight=False)
     for failure in failures:
         console.print(f"failed: {failure}", highlight=False, soft_wrap=True)
+    if verdicts:
+        console.print(_claims(verdicts))
     folders.write_json(
         folder / "results.json",
         {
@@ -75,6 +79,7 @@ def write(
                 for run, summary in results
             ],
             "failures": list(failures),
+            "claims": [verdict._asdict() for verdict in verdicts],
         },
     )
     paths = _figures(config, title, results, folder)
@@ -82,7 +87,36 @@ def write(
     console.print(f"In {folder}: {names}", highlight=False, soft_wrap=True)
 
 
-# --- the table ---
+def judge(
+    stated: Iterable[claims.Claim], results: Sequence[Result]
+) -> list[claims.Verdict]:
+    """Judge claims by the runs that finished.
+
+    Args:
+        stated: the claims.
+        results: of these runs.
+    """
+    summaries = {summary["label"]: summary for _, summary in results}
+    metrics = {summary["label"]: _metrics(run) for run, summary in results}
+    return claims.judge(stated, summaries, metrics)
+
+
+def _metrics(run: ExperimentConfig) -> list[dict[str, Any]]:
+    return folders.read_lines(folders.path_of(run) / "metrics.jsonl")
+
+
+# --- the tables ---
+
+
+def _claims(verdicts: Sequence[claims.Verdict]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for header in ("claim", "measured"):
+        table.add_column(header, overflow="fold")
+    table.add_column("holds", no_wrap=True)
+    for claim, measured, holds in verdicts:
+        word = "yes" if holds else "[bold red]no[/]"
+        table.add_row(escape(claim), escape(measured), word)
+    return table
 
 
 def human_bytes(number: float) -> str:
@@ -138,13 +172,23 @@ def _table(results: Sequence[Result], width: int) -> Table:
     table.add_column("algorithm", style="bold", no_wrap=True)
     for name in columns:
         table.add_column("\n".join(name.split()), justify="right", no_wrap=is_wide)
+    lasting = ("/step", "/s")  # columns that a run which diverged has as well
     for _, summary in results:
-        table.add_row(summary["label"], *(show(summary) for show in columns.values()))
+        gone = summary.get("diverged")
+        cells = (
+            "diverged" if gone and not name.endswith(lasting) else show(summary)
+            for name, show in columns.items()
+        )
+        table.add_row(summary["label"], *cells)
     return table
 
 
 def _sent(summary: dict[str, Any], key: str, show: Callable[[float], str]) -> str:
     return show(summary["wire"][key]) if summary["wire"] else "not counted"
+
+
+def _sends(summary: dict[str, Any]) -> bool:
+    return bool(summary["wire"] and summary["wire"]["bytes_per_worker"])
 
 
 def _spread(metric: str, summary: dict[str, Any]) -> str:
@@ -207,15 +251,12 @@ def _figures(
     import matplotlib.pyplot as plt
 
     style = Path(str(resources.files("bagua_jax.experiments"))) / "bagua.mplstyle"
-    curves = [
-        (summary, folders.read_lines(folders.path_of(run) / "metrics.jsonl"))
-        for run, summary in results
-    ]
+    curves = [(summary, _metrics(run)) for run, summary in results]
     metric = _metric(results)
     paths = []
     with plt.style.context(str(style)):
         for axis in ("steps", "bytes"):
-            shown = [c for c in curves if axis == "steps" or c[0]["wire"]]
+            shown = [c for c in curves if axis == "steps" or _sends(c[0])]
             if not shown:
                 continue
             figure, panels = plt.subplots(1, 2)

@@ -20,11 +20,34 @@ from bagua_jax.algorithms import REGISTRY
 from bagua_jax.experiments import catalog, checkpoint, folders
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig, identity
 from bagua_jax.experiments.data import Data, Shards
-from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.folders import RunError, blame
 from bagua_jax.experiments.progress import progress
 from bagua_jax.experiments.tasks import Task
 
-__all__ = ["Program", "TrainState", "build", "evaluate", "run", "train", "wire_facts"]
+__all__ = [
+    "Diverged",
+    "Program",
+    "TrainState",
+    "build",
+    "evaluate",
+    "metric_names",
+    "run",
+    "train",
+    "wire_facts",
+]
+
+_WIRE = (
+    "bytes_per_worker",
+    "messages_per_worker",
+    "warmup_bytes_per_worker",
+    "warmup_steps",
+)
+_BLOWN_UP = 1e6
+"""A loss above it ends a run that may diverge."""
+
+
+class Diverged(RunError):
+    """A loss, or a number of the evaluation, is not finite."""
 
 
 class TrainState(NamedTuple):
@@ -129,7 +152,8 @@ def evaluate(
         (1/n) sum_i |x_i - mean|^2.
 
     Raises:
-        RunError: if a number is not finite, or there is none.
+        Diverged: if a number is not finite.
+        RunError: if there is none.
     """
     params = jax.device_get(params)
     if not program.stacked:
@@ -154,12 +178,43 @@ def evaluate(
 
 def _judged(numbers: dict[str, Any]) -> dict[str, float]:
     metrics = {f"eval/{name}": float(value) for name, value in numbers.items()}
-    if not metrics or not all(map(math.isfinite, metrics.values())):
-        raise RunError(
-            "the task's evaluate must give at least one number, all of them finite; "
-            f"got {metrics}."
-        )
+    if not metrics:
+        raise RunError("the task's evaluate must give at least one number; got none.")
+    if not all(map(math.isfinite, metrics.values())):
+        raise Diverged(f"the evaluation gives {metrics}, which is not all finite.")
     return metrics
+
+
+def metric_names(
+    config: ExperimentConfig, task: Task, data: Data
+) -> dict[bool, list[str]]:
+    """Name what a run will have measured, before it runs.
+
+    Args:
+        config: of one run, resolved.
+        task: what is trained.
+        data: the task's data.
+
+    Returns:
+        Under ``False`` what its summary holds at the end, ``wire/...`` for the numbers
+        under ``wire``, time left out; under ``True`` what its metrics hold on a step.
+
+    Raises:
+        RunError: if the task fails.
+    """
+    try:
+        params = jax.eval_shape(task.init, jax.random.key(config.seed))
+        judged = jax.eval_shape(task.evaluate, params, data.test)
+    except Exception as error:
+        raise RunError(f"the task's evaluate failed: {blame(error)}.") from error
+    names = [f"eval/{name}" for name in judged]
+    if REGISTRY[config.algorithms[0].name].own_params:
+        names += [f"{n}_worker_{end}" for n in names for end in ("min", "max")]
+        by_step = ["train/loss", *names, "consensus/distance_sq"]
+    else:
+        by_step = ["train/loss", *names]
+    final = ["steps", "diverged", "train/loss_last_10", *names, "consensus/distance_sq"]
+    return {False: final + [f"wire/{name}" for name in _WIRE], True: by_step}
 
 
 def train(
@@ -182,8 +237,8 @@ def train(
         The summary.
 
     Raises:
-        RunError: if the loss stops being finite, or the folder's checkpoints are
-            damaged or of another run.
+        RunError: if the loss stops being finite where it may not, or the folder's
+            checkpoints are damaged or of another run.
     """
     (algorithm,) = config.algorithms
     facts = identity(config)
@@ -200,6 +255,7 @@ def train(
         program = build(config, task, shards.batch(0))
     judge = jax.jit(task.evaluate)
     on_cpu = jax.default_backend() == "cpu"
+    limit = _BLOWN_UP if algorithm.may_diverge else math.inf
 
     lines = folders.read_lines(metrics)
     start, state = checkpoint.restore(
@@ -225,14 +281,24 @@ def train(
             if not judged and not saved and time.perf_counter() - mark < 0.2:
                 continue
 
-            records = [_record(step, losses) for step, losses in pending]
+            records, end = [], ""
             seconds = time.perf_counter() - mark
-            if judged:
-                records[-1] |= evaluate(program, judge, state.params, data.test)
-                note = _note(records[-1])
+            try:
+                for taken, losses in pending:
+                    records.append(_record(taken, losses, limit))
+                if judged:
+                    records[-1] |= evaluate(program, judge, state.params, data.test)
+                    note = _note(records[-1])
+            except Diverged as error:
+                end = str(error)
+                if not algorithm.may_diverge:
+                    raise
             folders.append_lines(metrics, records)
             stretch = {"step": step, "steps": len(pending), "seconds": seconds}
             folders.append_lines(timing, [stretch])
+            if end:
+                say(f"diverged: {end}")
+                return _summary(config, program, folder, diverged=True)
             show(step, records[-1]["train/loss"], len(pending) / seconds, note)
             if saved:
                 checkpoint.save(
@@ -243,15 +309,15 @@ def train(
                     keep=config.keep_checkpoints,
                 )
             pending, mark = [], time.perf_counter()
-    return _summary(config, program, folder)
+    return _summary(config, program, folder, diverged=False)
 
 
-def _record(step: int, losses: jax.Array) -> dict[str, Any]:
+def _record(step: int, losses: jax.Array, limit: float) -> dict[str, Any]:
     loss = float(np.mean(jax.device_get(losses), dtype=np.float64))
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the training loss is {loss} on step {step}. Lower the learning rate, or "
-            "compress less."
+    if not math.isfinite(loss) or loss > limit:
+        raise Diverged(
+            f"the training loss is {loss:.6g} on step {step}. Lower the learning rate, "
+            "or compress less."
         )
     return {"step": step, "train/loss": loss}
 
@@ -262,20 +328,22 @@ def _note(record: dict[str, Any]) -> str:
 
 
 def _summary(
-    config: ExperimentConfig, program: Program, folder: Path
+    config: ExperimentConfig, program: Program, folder: Path, *, diverged: bool
 ) -> dict[str, Any]:
-    """Collect the final numbers of a run."""
+    """Collect the final numbers of a run; of one that diverged the last sound ones."""
     lines = folders.read_lines(folder / "metrics.jsonl")
     losses = [line["train/loss"] for line in lines[1:]][-10:]
     timing = folders.read_lines(folder / "timing.jsonl")
     seconds = sum(t["seconds"] for t in timing)
-    final = {k: v for k, v in lines[-1].items() if k not in ("step", "train/loss")}
+    judged = [line for line in lines if any(k.startswith("eval/") for k in line)]
+    final = {k: v for k, v in judged[-1].items() if k not in ("step", "train/loss")}
     arguments = config.algorithms[0].arguments
     return {
         "label": config.algorithms[0].label,
         "algorithm": config.algorithms[0].name,
-        "steps": config.steps,
-        "train/loss_last_10": sum(losses) / len(losses),
+        "steps": lines[-1]["step"],
+        "diverged": diverged,
+        "train/loss_last_10": sum(losses) / len(losses) if losses else None,
         **final,
         "consensus/distance_sq": final.get("consensus/distance_sq", 0.0),
         "wire": wire_facts(program.text, arguments),
@@ -309,12 +377,13 @@ def wire_facts(text: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]
 
     steady = wire.count(text)
     first = wire.count(re.sub(r"branch_shares\(([^()]*)\)", warm, text))
-    return {
-        "bytes_per_worker": steady.bytes_per_worker,
-        "messages_per_worker": steady.messages_per_worker,
-        "warmup_bytes_per_worker": first.bytes_per_worker,
-        "warmup_steps": arguments.get("warmup_steps", arguments.get("start_step", 0)),
-    }
+    facts = (
+        steady.bytes_per_worker,
+        steady.messages_per_worker,
+        first.bytes_per_worker,
+        arguments.get("warmup_steps", arguments.get("start_step", 0)),
+    )
+    return dict(zip(_WIRE, facts, strict=True))
 
 
 def run(
@@ -366,7 +435,7 @@ def run(
     except Exception as error:  # from the task or the algorithm: theirs to read
         _log_failure(folder, traceback.format_exc())
         where = f"The traceback is in {folder / 'log.txt'}."
-        raise RunError(f"{folders.blame(error)}. {where}") from error
+        raise RunError(f"{blame(error)}. {where}") from error
 
 
 def _log_failure(folder: Path, text: str) -> None:

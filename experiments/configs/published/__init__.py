@@ -1,0 +1,1 @@
+"""Published effects in miniature: each config asserts its claim at the end."""

@@ -1,0 +1,112 @@
+r"""Tasks: what is trained, on which data, and how it is judged.
+
+A task of your own is a :class:`Task`, or a function without arguments that returns one,
+in any module that Python can import from where you stand::
+
+    # my_package/my_module.py
+    import jax, jax.numpy as jnp, numpy as np
+    from bagua_jax.experiments.data import Data
+    from bagua_jax.experiments.tasks import Task
+
+    def my_task():
+        '''Least squares on points of a line.'''
+
+        def init(key):
+            return {"slope": jnp.zeros(()), "offset": jnp.zeros(())}
+
+        def loss(params, batch):
+            prediction = params["slope"] * batch["x"] + params["offset"]
+            return jnp.mean((prediction - batch["y"]) ** 2)
+
+        def data(seed, workers):
+            x = np.random.default_rng(seed).normal(size=640).astype(np.float32)
+            train = {"x": x[:512], "y": 3 * x[:512] + 1}
+            test = {"x": x[512:], "y": 3 * x[512:] + 1}
+            return Data(train, labels=(x[:512] > 0).astype(int), test=test)
+
+        def evaluate(params, test):
+            return {"loss": loss(params, test)}
+
+        return Task("a line", init, loss, data, evaluate)
+
+and a config names it: ``task: my_package.my_module:my_task``.
+"""
+
+import importlib
+import os
+import sys
+
+from bagua_jax.experiments.config import ConfigError, unknown
+from bagua_jax.experiments.folders import blame
+from bagua_jax.experiments.tasks.base import Task
+from bagua_jax.experiments.tasks.counterexamples import (
+    sign_counterexamples,
+    top1_counterexample,
+)
+from bagua_jax.experiments.tasks.images import digits, mnist5k
+from bagua_jax.experiments.tasks.problems import logistic, quadratic
+from bagua_jax.experiments.tasks.text import kjv
+
+__all__ = [
+    "TASKS",
+    "Task",
+    "digits",
+    "kjv",
+    "load",
+    "logistic",
+    "mnist5k",
+    "quadratic",
+    "sign_counterexamples",
+    "top1_counterexample",
+]
+
+TASKS = {
+    "mnist5k": mnist5k,
+    "digits": digits,
+    "kjv": kjv,
+    "quadratic": quadratic,
+    "logistic": logistic,
+    "sign_counterexamples": sign_counterexamples,
+    "top1_counterexample": top1_counterexample,
+}
+"""Every task by name."""
+
+
+def load(name: str) -> Task:
+    """Find a task.
+
+    Args:
+        name: in ``TASKS``, or ``package.module:attribute`` of your own. The working
+            directory is searched after everything else.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name in TASKS:
+        return TASKS[name]()
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise unknown("task", name, TASKS, "task (and no package.module:name)")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"task: {name!r} cannot be imported: {blame(error)}. The "
+            "working directory and PYTHONPATH are searched."
+        ) from error
+    if not hasattr(module, attribute):
+        public = [n for n in dir(module) if not n.startswith("_")]
+        raise unknown("task", attribute, public, f"name in {module_name}")
+    found = getattr(module, attribute)
+    try:
+        task = found() if callable(found) else found
+    except Exception as error:
+        raise ConfigError(f"task: {name!r} failed: {blame(error)}.") from error
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"task: {name!r} must be a Task or a function that returns one, got "
+            f"{type(task).__name__}."
+        )
+    return task

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         diagnostics,
         primitives,
         schedules,
+        theory,
         topologies,
         wire,
     )
@@ -31,6 +32,7 @@ __all__ = [
     "diagnostics",
     "primitives",
     "schedules",
+    "theory",
     "topologies",
     "varying",
     "wire",

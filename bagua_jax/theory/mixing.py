@@ -49,7 +49,7 @@ class Spectrum(NamedTuple):
     @property
     def smallest(self) -> float:
         """The smallest eigenvalue (its real part for a directed W)."""
-        return float(self.eigenvalues.real.min())
+        return float(np.real(self.eigenvalues).min())
 
     def to_modes(self, x: np.ndarray) -> np.ndarray:
         """Express [n, ...] by its coefficients in the modes; norms stay."""
@@ -96,7 +96,7 @@ def spectrum(topology: Topology, step: int = 0) -> Spectrum:
             "moments.lift on the whole network."
         )
     if np.allclose(w, w.T):
-        values = values.real
+        values = np.real(values)
     return Spectrum(values, basis, circulant or _is_even(values, basis))
 
 

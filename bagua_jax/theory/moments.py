@@ -17,7 +17,7 @@ number: the energy of the compression error.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "Energies",
     "Lifted",
     "ModeMoments",
+    "ecd_error_variance",
     "lift",
     "lift_mixture",
     "marina",
@@ -149,8 +150,8 @@ def lift(fixed: np.ndarray, random: Sequence[np.ndarray], keep: float) -> Lifted
 
         >>> a, q = 0.5, 0.36
         >>> ef = lift(np.array([[1, 0], [a, 1]]), [np.array([[-a, -1], [-a, -1]])], q)
-        >>> round(ef.trajectory(np.array([1.0, 0.0]), 1)[1][0, 0], 4)
-        0.73
+        >>> ef.trajectory(np.array([1.0, 0.0]), 1)[1].round(4)[0].tolist()
+        [0.73, 0.32]
     """
     parts = [_rank_one(m) for m in random]
     sizes = [len(rows) for _, rows in parts]
@@ -173,7 +174,7 @@ def lift_mixture(matrices: Sequence[np.ndarray], shares: Sequence[float]) -> Lif
     Example:
         >>> swap = np.array([[0.5, 0.5], [0.5, 0.5]])
         >>> gossip = lift_mixture([swap, np.eye(2)], [0.5, 0.5])
-        >>> gossip.without(np.ones(2), np.ones(2) / 2).rate()
+        >>> round(gossip.without(np.ones(2), np.ones(2) / 2).rate(), 9)
         0.5
     """
     parts = [_rank_one(m) for m in matrices]
@@ -227,12 +228,14 @@ def _spectral_radius(apply: Callable, start: np.ndarray, size: int = 40) -> floa
         basis, h = _krylov(apply, start, size)
         square = h[: h.shape[1]]
         values, vectors = np.linalg.eig(square)
-        best = np.argmax(values.real)
-        found = float(values[best].real)
+        best = np.argmax(np.real(values))
+        found = float(np.real(values[best]))
         if len(basis) <= size or abs(found - previous) <= 1e-12 * abs(found):
             break
         previous = found
-        start = (basis[: len(square)].T @ vectors[:, best].real).reshape(start.shape)
+        start = (basis[: len(square)].T @ np.real(vectors[:, best])).reshape(
+            start.shape
+        )
     return found
 
 
@@ -247,7 +250,7 @@ def _solve_fixed_point(apply: Callable, source: np.ndarray) -> np.ndarray:
             break
         basis, h = _krylov(apply, rest, 40)
         columns = h.shape[1]
-        shifted = np.eye(*h.shape) - h
+        shifted = np.eye(h.shape[0], h.shape[1]) - h
         right = length * np.eye(len(h), 1)[:, 0]
         weights = np.linalg.lstsq(shifted, right, rcond=None)[0]
         found = found + (basis[:columns].T @ weights).reshape(source.shape)
@@ -293,13 +296,13 @@ class ModeMoments(NamedTuple):
         >>> w = mixing.spectrum(topologies.ring(8)).eigenvalues
         >>> dcd = modes.low_precision_decentralized(w, 0.0, 0.0)
         >>> round(ModeMoments(dcd.without_mean()).largest_variance(), 4)
-        1.366
+        1.3659
     """
 
     modes: Modes
 
     def _columns(self) -> np.ndarray:
-        """c c* of each mode, [m, b, b]."""
+        """Outer product c c* in each mode, [m, b, b]."""
         c = self.modes.answer
         return c[:, :, None] * c.conj()[:, None]
 
@@ -339,7 +342,7 @@ class ModeMoments(NamedTuple):
             found = float(np.abs(np.linalg.eigvals(self._operator())).max())
         elif v:
             found = self._private_rate(slowest, v)
-        return found ** (1 / modes.steps)
+        return float(found ** (1 / modes.steps))
 
     def _private_rate(self, slowest: float, v: float) -> float:
         """Solve v G(z) = 1 for z above the modes' own rates, where G falls."""
@@ -378,51 +381,20 @@ class ModeMoments(NamedTuple):
         """
         return 1 / self._gain(1.0)
 
-    def trajectory(
-        self,
-        steps: int,
-        start: np.ndarray,
-        offsets: np.ndarray | None = None,
-        sigma: float = 0.0,
-    ) -> list[Energies]:
-        """Give the energies before the first transition and after each.
+    def energies(
+        self, start: np.ndarray, offsets: np.ndarray | None = None, sigma: float = 0.0
+    ) -> Iterator[Energies]:
+        """Give the energies before the first transition and after each, for ever.
 
         Args:
-            steps: transitions.
             start: x_0 [n] or [n, d] in modes (``Spectrum.to_modes``).
             offsets: targets b in modes, of the same shape; 0 where ``None``.
             sigma: standard deviation of the gradients' noise.
         """
         state = self._begin(start, offsets)
-        path = [self._measure(*state)]
-        for _ in range(steps):
+        while True:
+            yield self._measure(*state)
             state = self._advance(*state, sigma=sigma)
-            path.append(self._measure(*state))
-        return path
-
-    def steps_to(
-        self,
-        target: float,
-        start: np.ndarray,
-        offsets: np.ndarray | None = None,
-        sigma: float = 0.0,
-        limit: int = 100_000,
-    ) -> float:
-        """Count optimizer steps until the total energy is at most the target.
-
-        Args:
-            target: of ``Energies.total``.
-            start: as in :meth:`trajectory`.
-            offsets: as there.
-            sigma: as there.
-            limit: transitions after which the answer is ``math.inf``.
-        """
-        state = self._begin(start, offsets)
-        for k in range(limit):
-            if self._measure(*state).total <= target:
-                return k * self.modes.steps
-            state = self._advance(*state, sigma=sigma)
-        return math.inf
 
     def _begin(self, start, offsets):
         start = np.asarray(start).reshape(len(start), -1)
@@ -547,3 +519,22 @@ def marina(a: float, omega_over_n: float, p: float) -> np.ndarray:
             [0.0, -(1 - p) * a, (1 - p) * (1 - a)],
         ]
     )
+
+
+# --- ECD: weights that change with time -----------------------------------------------
+
+
+def ecd_error_variance(t: int) -> float:
+    r"""Give the variance of ECD's estimates after step t, for errors of variance 1.
+
+    From :math:`e \leftarrow (1 - 2/t) e + (2/t) \varepsilon`, whose step 2 forgets the
+    first: :math:`\tfrac23 (2 t - 1)/(t (t - 1))`, about 4/(3 t).
+
+    Args:
+        t: at least 2.
+
+    Example:
+        >>> ecd_error_variance(2)
+        1.0
+    """
+    return 2 / 3 * (2 * t - 1) / (t * (t - 1))

@@ -20,7 +20,7 @@ __all__ = [
 
 
 def quadratic_gradient(x: Any, curvature: Any, target: Any, noise: Any = 0.0) -> Any:
-    r"""Compute :math:`h (x - b) + \xi` of one worker, or of all when arrays are stacked.
+    r"""Compute :math:`h (x - b) + \xi` of one worker, or of all where stacked.
 
     Args:
         x: [d] or [n, d], NumPy or JAX.
@@ -32,7 +32,7 @@ def quadratic_gradient(x: Any, curvature: Any, target: Any, noise: Any = 0.0) ->
 
 
 class Quadratic(NamedTuple):
-    r"""Losses :math:`f_i(x) = \tfrac12 \sum_j h_{ij} (x_j - b_{ij})^2`, seen with noise.
+    r"""Losses :math:`f_i(x) = \tfrac12 \sum_j h_{ij} (x_j - b_{ij})^2`, with noise.
 
     A worker's gradient is :math:`h_i (x - b_i) + \xi`, with :math:`\xi \sim N(0,
     \sigma^2 I)` drawn anew for each worker and step.

@@ -35,6 +35,9 @@ __all__ = [
     "d_fp_s",
     "d_lp_s",
     "gather_mean",
+    "gather_payloads",
+    "gather_rows",
+    "group_mean",
     "linear_mean",
     "mean_and_own",
     "mix",
@@ -43,6 +46,7 @@ __all__ = [
     "num_peers",
     "peer_axis",
     "require_local",
+    "scatter_rows",
     "vary_like",
     "varying_axes",
     "worker_key",
@@ -351,6 +355,40 @@ def _require_stateless(compressor: Compressor, like: Any, caller: str) -> None:
         )
 
 
+def gather_payloads(payload: Payload, *, axis_name: AxisName) -> Payload:
+    """Give everybody the payloads of all, for means that are not over all workers.
+
+    Args:
+        payload: a pytree of arrays in their wire dtypes, this worker's.
+        axis_name: a name, or ``("node", "local")``: then the payload is the node's,
+            equal on all its devices.
+
+    Returns:
+        The same pytree of [n, ...], row j from worker j; invariant.
+
+    Communication:
+        One all-gather: n-1 payloads sent per worker; payloads of several leaves travel
+        as one byte vector. In a hierarchy each device sends its part between nodes, and
+        the node gathers the parts.
+
+    Raises:
+        NameError: if the axis is not mapped here.
+    """
+    axis = peer_axis(axis_name)
+    axis_size(axis_name, "gather_payloads")
+    like = jax.eval_shape(lambda p: p, payload)
+    message = _pack(jax.tree.map(lambda a: a[None], payload))[0]
+    if len(_axes(axis_name)) == 1:
+        return _unpack(_all_gather_invariant(message, axis), like)
+    local = _axes(axis_name)[1]
+    size, flat = axis_size(local), message.reshape(-1)
+    length = -(-flat.shape[0] // size)
+    part = _take_part(flat, lax.axis_index(local), length, size, "zero")
+    parts = _all_gather_invariant(_all_gather_invariant(part, axis), local)
+    rows = parts.swapaxes(0, 1).reshape(-1, size * length)[:, : flat.shape[0]]
+    return _unpack(rows.reshape(-1, *message.shape), like)
+
+
 def _split(key: jax.Array | None, count: int) -> jax.Array | None:
     return None if key is None else jax.random.split(key, count)
 
@@ -390,6 +428,51 @@ def c_fp_s(x: jax.Array, *, axis_name: AxisName) -> jax.Array:
         return _nothing(x)
     shard = node_shard(x, axis_name, "c_fp_s")
     return shard.gather(_mean(shard.value, peer_axis(axis_name)))
+
+
+def group_mean(x: jax.Array, size: int, *, axis_name: AxisName) -> jax.Array:
+    r"""Average in full precision within groups of consecutive workers.
+
+    Args:
+        x: [N] this worker's vector.
+        size: of a group, a divisor of the number of workers; static.
+        axis_name: a name, or ``("node", "local")``: then nodes average their means.
+
+    Returns:
+        [N], dtype of x, varying.
+
+    Communication:
+        One reduce-scatter and one all-gather within the groups: 2(size-1)/size N
+        elements sent per worker. One all-reduce where a group is everybody.
+
+    Raises:
+        NameError: if the axis is not mapped here.
+        ValueError: if groups of that size do not divide the workers.
+    """
+    n = num_peers(axis_name, "group_mean")
+    if n % size:
+        raise ValueError(
+            f"group_mean: groups of size={size} must divide the {n} workers of the "
+            f"axis {axis_name!r}. Take a divisor of {n}."
+        )
+    if size == n or x.size == 0:
+        return worker_local(c_fp_s(x, axis_name=axis_name), axis_name)
+    shard, axis = node_shard(x, axis_name, "group_mean"), peer_axis(axis_name)
+    mean = _group_mean(shard.value, size, n, axis)
+    return worker_local(shard.gather(mean), axis_name)
+
+
+def _group_mean(x: jax.Array, size: int, n: int, axis: str) -> jax.Array:
+    part = x / size
+    if not _inside_shard_map(axis):  # vmap knows no groups: a row for each, of all
+        group = lax.axis_index(axis) // size
+        rows = jnp.zeros((n // size, *x.shape), x.dtype).at[group].set(part)
+        return lax.psum(rows, axis)[group]
+    # An all-reduce within groups is missing where shard_map checks types.
+    groups = np.arange(n).reshape(-1, size).tolist()
+    part = _pad(part, -(-part.size // size) * size, "zero")
+    part = lax.psum_scatter(part, axis, axis_index_groups=groups, tiled=True)
+    return lax.all_gather(part, axis, axis_index_groups=groups, tiled=True)[: x.size]
 
 
 class Errors(NamedTuple):
@@ -547,9 +630,7 @@ def gather_mean(
     payload, corrected, error, state = _correct_and_compress(
         shard, x, compressor, error, own, state
     )
-    like = jax.eval_shape(lambda p: p, payload)
-    message = _pack(jax.tree.map(lambda a: a[None], payload))[0]
-    received = _unpack(_all_gather_invariant(message, axis), like)
+    received = gather_payloads(payload, axis_name=axis)
     decode = lambda p: compressor.decompress(p, corrected)  # noqa: E731
     mean = jnp.mean(jax.vmap(decode)(received), axis=0)
     return _narrow(shard.gather(mean), x.dtype), error, state
@@ -657,11 +738,56 @@ def mean_and_own(
         return mean, compressor.decompress(payload, x)
     own = None if key is None else worker_key(key, axis_name)
     payload, _ = compressor.compress(own, x, ())
-    like = jax.eval_shape(lambda p: p, payload)
-    message = _pack(jax.tree.map(lambda a: a[None], payload))[0]
-    received = _unpack(_all_gather_invariant(message, axis_name), like)
+    received = gather_payloads(payload, axis_name=axis_name)
     decoded = jax.vmap(lambda p: compressor.decompress(p, x))(received)
     return jnp.mean(decoded, axis=0), decoded[lax.axis_index(axis_name)]
+
+
+def scatter_rows(rows: jax.Array, *, axis_name: str) -> jax.Array:
+    """Send row k to worker k, and receive one row from each.
+
+    For means that are none: an owner sees everybody's version of its part of a vector.
+
+    Args:
+        rows: [n, ...] this worker's rows, one for each worker.
+        axis_name: the axis between the workers that exchange; in a hierarchy the first
+            name, and rows of the shard of :func:`node_shard`.
+
+    Returns:
+        [n, ...], row j from worker j; dtype of rows, varying.
+
+    Communication:
+        One all-to-all: n-1 rows sent per worker.
+
+    Raises:
+        NameError: if the axis is not mapped here.
+    """
+    axis_size(axis_name, "scatter_rows")
+    if rows.size == 0:
+        return worker_local(rows, axis_name)
+    return _all_to_all(rows, axis_name)
+
+
+def gather_rows(row: jax.Array, *, axis_name: str) -> jax.Array:
+    """Give everybody the rows of all: the way back from :func:`scatter_rows`.
+
+    Args:
+        row: [...] this worker's.
+        axis_name: as there.
+
+    Returns:
+        [n, ...], row j of worker j; dtype of row, invariant.
+
+    Communication:
+        One all-gather: n-1 rows sent per worker.
+
+    Raises:
+        NameError: if the axis is not mapped here.
+    """
+    n = axis_size(axis_name, "gather_rows")
+    if row.size == 0:
+        return jnp.zeros((n, *row.shape), row.dtype)
+    return _all_gather_invariant(row, axis_name)
 
 
 # --- decentralized ----------------------------------------------------------------

@@ -137,7 +137,6 @@ class Row(NamedTuple):
 NO_CODEC = {"compressor": compressors.identity()}
 TOP = compressors.topk(0.25)
 ROUNDED = compressors.blockwise(bits=8, rounding="stochastic")
-FOUR_BITS = compressors.blockwise(bits=4)
 
 ROWS = [
     Row("gradient_allreduce", {}, 1e-4),
@@ -234,6 +233,42 @@ ROWS = [
         scatter(compressors.sign("l2")),
         plain=None,
     ),
+    Row(
+        "zero_one_adam",
+        {
+            "learning_rate": 0.05,
+            "var_freeze_step": 20,
+            "local_step_scaler": 10,
+            "local_step_clipper": 4,
+            "b2": 0.9,
+        },
+        0.2,
+        scatter(compressors.sign("l2"), share=1 / 4),
+        plain=None,
+    ),
+    Row(
+        "one_bit_lamb",
+        {"learning_rate": 0.05, "warmup_steps": 20, "b2": 0.9},
+        0.2,
+        scatter(compressors.sign("l2")),
+        plain=None,
+    ),
+    Row(
+        "demo",
+        {"learning_rate": 0.015, "topk": 2},
+        0.1,
+        # Seven blocks of 43 x 7, one of 13, and a number: indices of 2, 1 and 1 bytes.
+        lambda n, sizes: ((n - 1) * (7 * 2 * 6 + 2 * 5 + 5), 1),
+        plain=None,
+    ),
+    Row(
+        "gradient_tracking",
+        {"learning_rate": LEARNING_RATE},
+        1e-4,
+        # Models and estimates in one message.
+        lambda n, sizes: gossip()(n, (2 * sum(sizes),)),
+        plain=None,
+    ),
     Row("decentralized", {}, 2.0, gossip()),
     Row("decentralized", {"combine": "after"}, 2.0, gossip()),
     Row("decentralized", {"topology": "complete"}, 0.6),
@@ -294,7 +329,7 @@ ROWS = [
     ),
     Row(
         "cocktail_sgd",
-        {"mask_ratio": 0.5, "staleness": 1, "bucket_bytes": 4},
+        {"mask_ratio": 0.5, "staleness": 1},
         0.3,
         # The default compressor on half of the places of each owner's part.
         lambda n, sizes: scatter(chain(topk(0.5), blockwise(8, 128)))(
@@ -378,22 +413,14 @@ ROWS = [
     ),
     Row(
         "streaming_diloco",
-        {"local_steps": 4, "fragments": 2, "compressor": FOUR_BITS},
+        {"local_steps": 4, "fragments": 2},
         2.0,
-        # Of the leaves of 13, 1 and 301 x 7 the second by itself.
-        lambda n, sizes: tuple(
-            sum(sent)
-            for sent in zip(
-                scatter(FOUR_BITS, 1 / 4)(n, (13 + 301 * 7,)),
-                scatter(FOUR_BITS, 1 / 4)(n, (1,)),
-                strict=True,
-            )
-        ),
+        # Two fragments, each after every fourth step.
+        lambda n, sizes: (2 * (n - 1) / n * sum(sizes), 2 / 4),
         {
             "outer_momentum": 0.0,
             "outer_learning_rate": 1.0,
             "staleness": 0,
-            "compressor": None,
         },
     ),
 ]

@@ -10,6 +10,7 @@ from bagua_jax import Workers, accumulate, compressors, topologies
 from bagua_jax import algorithms as alg
 
 AXIS = "workers"
+ONE_WAY = topologies.from_matrix([[0.5, 0.5], [0, 1]], stochastic="row")
 
 BAD_ARGUMENTS = [
     ("gradient_allreduce", {"bucket_bytes": 0}, r"bucket_bytes must be .* >= 1, got 0"),
@@ -19,7 +20,20 @@ BAD_ARGUMENTS = [
     ("compressed_mean", {"bucket_bytes": 0}, r"bucket_bytes must be .* >= 1, got 0"),
     ("compressed_mean", {"error_feedback": "all"}, r"error_feedback must be .*'all'"),
     ("delayed_gradients", {"staleness": -1}, r"staleness must be .* >= 0, got -1"),
+    ("delayed_gradients", {"staleness": 1.5}, r"staleness must be integers .* got 1.5"),
+    ("delayed_gradients", {"staleness": [[0, 1], [1]]}, r"must be integers >= 0, got"),
+    ("delayed_gradients", {"staleness": [0, -2]}, r">= 0, got \[0, -2\]. Give one, "),
     ("delayed_gradients", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
+    ("adasum", {"scope": "bucket"}, r"scope must be one of 'leaf', 'whole'; got"),
+    ("adasum", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
+    ("marina", {"probability": 0.0}, r"probability must be in \(0, 1\], got 0.0: with"),
+    ("marina", {"probability": 1.5}, r"probability must be in \(0, 1\], got 1.5"),
+    ("marina", {"compressor": compressors.topk()}, r"must be unbiased.* Use ef21"),
+    ("marina", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
+    ("cocktail_sgd", {"mask_ratio": 0.0}, r"mask_ratio must be in \(0, 1\], got 0.0"),
+    ("cocktail_sgd", {"staleness": 2}, r"staleness must be 0 or 1, got 2: one message"),
+    ("cocktail_sgd", {"staleness": -1}, r"staleness must be an integer >= 0, got -1"),
+    ("cocktail_sgd", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
     ("diana", {"alpha": 1.5}, r"alpha must be at most 1, got 1.5"),
     ("diana", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
     ("diana", {"compressor": compressors.sign()}, r"must be unbiased.* Use ef21"),
@@ -41,6 +55,33 @@ BAD_ARGUMENTS = [
     ("one_bit_adam", {"b2": -0.1}, r"b2 must be in \[0, 1\), got -0.1"),
     ("one_bit_adam", {"eps": 0.0}, r"eps must be in \(0, inf\), got 0.0"),
     ("one_bit_adam", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
+    ("zero_one_adam", {"var_freeze_step": 0}, r"var_freeze_step must be .* got 0"),
+    ("zero_one_adam", {"var_update_scaler": 1.5}, r"var_update_scaler .* got 1.5"),
+    ("zero_one_adam", {"local_step_scaler": 0}, r"local_step_scaler must .* got 0"),
+    ("zero_one_adam", {"local_step_clipper": 0}, r"local_step_clipper must .* got 0"),
+    ("zero_one_adam", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
+    ("zero_one_adam", {"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
+    ("zero_one_adam", {"eps": 0.0}, r"eps must be in \(0, inf\), got 0.0"),
+    ("one_bit_lamb", {"warmup_steps": 0}, r"warmup_steps must be .* >= 1, got 0"),
+    ("one_bit_lamb", {"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
+    ("one_bit_lamb", {"coeff_beta": 1.0}, r"coeff_beta must be in \[0, 1\), got 1.0"),
+    ("one_bit_lamb", {"eps": 0.0}, r"eps must be in \(0, inf\), got 0.0"),
+    ("one_bit_lamb", {"weight_decay": -1.0}, r"weight_decay must be .* got -1.0"),
+    ("one_bit_lamb", {"max_coeff": 0.0}, r"max_coeff must be in \(0, inf\), got 0.0"),
+    ("one_bit_lamb", {"factor_max": 0.5}, r"factor_max must be in \[1, inf\), got 0.5"),
+    ("one_bit_lamb", {"factor_min": 1.0}, r"factor_min must be in \(0, 1\), got 1.0"),
+    ("one_bit_lamb", {"factor_threshold": 1}, r"factor_threshold must .*, got 1"),
+    ("demo", {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
+    ("demo", {"topk": 0}, r"topk must be an integer >= 1, got 0"),
+    ("demo", {"chunk": 0}, r"chunk must be an integer >= 1, got 0"),
+    ("demo", {"weight_decay": -1.0}, r"weight_decay must be in \[0, inf\), got -1"),
+    ("gradient_tracking", {"topology": "rings"}, r"topology must .*'rings'.*mean ring"),
+    ("gradient_tracking", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
+    (
+        "gradient_tracking",
+        {"topology": topologies.from_matrix([[0.5, 0], [0.5, 1]], stochastic="column")},
+        r"every W must be doubly stochastic.*'stochastic_gradient_push'",
+    ),
     ("qadam", {"warmup_steps": 1}, r"warmup_steps must be an integer >= 2, got 1"),
     ("qadam", {"warmup_steps": 10.0}, r"warmup_steps must be an integer .* got 10.0"),
     ("qadam", {"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
@@ -102,9 +143,34 @@ BAD_ARGUMENTS = [
     ("deep_squeeze", {"topology": topologies.shift_one(8)}, r"'shift_one' rotates"),
     (
         "stochastic_gradient_push",
-        {"topology": topologies.from_matrix([[0.5, 0.5], [0, 1]], stochastic="row")},
+        {"topology": ONE_WAY},
         r"every column of W must sum to 1.*Transpose W",
     ),
+    (
+        "ecd_psgd",
+        {"compressor": compressors.sign()},
+        r"must be unbiased.*Use choco_sgd for it",
+    ),
+    ("ecd_psgd", {"topology": topologies.shift_one(8)}, r"'shift_one' rotates"),
+    ("moniqua", {"theta": 0.0}, r"theta must be in \(0, inf\), got 0.0"),
+    ("moniqua", {"bits": 0}, r"bits must be an integer >= 1, got 0"),
+    ("moniqua", {"bits": 17}, r"bits must be at most 16, got 17"),
+    ("moniqua", {"topology": ONE_WAY}, r"rows and columns of W must sum to 1"),
+    ("relay_sgd", {"topology": "ring"}, r"one of 'path', 'binary_tree', got 'ring'"),
+    ("relay_sgd", {"topology": topologies.ring(8)}, r"must be a tree .* 7 edges"),
+    ("quasi_global_momentum", {"momentum": 1.0}, r"momentum must be in \[0, 1\), got"),
+    ("quasi_global_momentum", {"smoothing": -0.1}, r"smoothing must be in \[0, 1\)"),
+    ("quasi_global_momentum", {"topology": ONE_WAY}, r"columns of W must sum to 1"),
+    ("overlapped_push", {"staleness": -1}, r"staleness must be .* >= 0, got -1"),
+    ("overlapped_push", {"topology": ONE_WAY}, r"every column of W must sum to 1"),
+    ("hierarchical_averaging", {"periods": {}}, r"must map periods .* got \{\}"),
+    ("hierarchical_averaging", {"periods": {0: 2}}, r"a period must be .* >= 1, got 0"),
+    ("hierarchical_averaging", {"periods": {2: 0}}, r"size of a group must .* got 0"),
+    ("hierarchical_averaging", {"periods": {2: None, 4: 8}}, r"only the longest perio"),
+    ("hierarchical_averaging", {"periods": {2: 4, 8: 6}}, r"nest.*6 workers over 4"),
+    ("streaming_diloco", {"fragments": 5}, r"at most local_steps=4, got 5"),
+    ("streaming_diloco", {"staleness": 4}, r"less than local_steps=4, got 4"),
+    ("streaming_diloco", {"mixing": 1.0}, r"mixing must be in \[0, 1\), got 1.0"),
     (
         "stochastic_gradient_push",
         {"bucket_bytes": 0},
@@ -121,10 +187,20 @@ REQUIRED = {
     "choco_sgd": {"compressor": compressors.sign(), "consensus_step_size": 0.1},
     "delayed_choco": {"compressor": compressors.sign(), "consensus_step_size": 0.1},
     "deep_squeeze": {"compressor": compressors.sign(), "mixing_rate": 0.1},
+    "ecd_psgd": {"compressor": compressors.qsgd()},
+    "moniqua": {"theta": 1.0},
+    "quasi_global_momentum": {"learning_rate": 0.1},
+    "hierarchical_averaging": {"periods": {4: None}},
+    "streaming_diloco": {"local_steps": 4, "fragments": 2},
     "signum": {"learning_rate": 0.1},
     "one_bit_adam": {"learning_rate": 0.1},
+    "zero_one_adam": {"learning_rate": 0.1},
+    "one_bit_lamb": {"learning_rate": 0.1},
+    "demo": {"learning_rate": 0.1},
+    "gradient_tracking": {"learning_rate": 0.1},
     "compressed_mean": {"compressor": compressors.sign()},
     "diana": {"compressor": compressors.qsgd()},
+    "marina": {"compressor": compressors.qsgd(), "probability": 0.5},
     "ef21": {"compressor": compressors.topk()},
 }
 
@@ -207,7 +283,7 @@ class TestEveryAlgorithm:
             mapped(x)
 
 
-needs_params = [row for row in ONE_EACH if row.placement == "weight"]
+needs_params = [row for row in ONE_EACH if row.own_params]
 
 
 @pytest.mark.parametrize("row", needs_params, ids=ids(needs_params))

@@ -7,7 +7,7 @@ algorithm by name), constants of compressors and topologies (``compression``,
 """
 
 from bagua_jax.theory import compression, mixing, modes, moments, problems, rates
-from bagua_jax.theory.predict import COVERED, Prediction, predict
+from bagua_jax.theory.predict import COVERED, Prediction, predict, trajectory
 from bagua_jax.theory.problems import Quadratic, breast_cancer, quadratic
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "problems",
     "quadratic",
     "rates",
+    "trajectory",
 ]

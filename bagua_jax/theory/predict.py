@@ -15,7 +15,7 @@ from bagua_jax.theory.compression import EXACT, Message, message, payload_bytes
 from bagua_jax.theory.problems import Quadratic
 from bagua_jax.topologies import Topology
 
-__all__ = ["COVERED", "Prediction", "predict"]
+__all__ = ["COVERED", "Prediction", "predict", "trajectory"]
 
 
 class Prediction(NamedTuple):
@@ -95,6 +95,84 @@ def predict(
         >>> round(found.rate, 4), round(found.floor, 6), found.largest_learning_rate
         (0.25, 0.041667, 2.0)
     """
+    case = _case(algorithm, problem, options, learning_rate, momentum, start)
+    parts = [part for part, *_ in case.parts]
+    floor = consensus = math.inf
+    if all(part.stable for part in parts):
+        steady = [
+            part.steady(offsets, problem.sigma) for part, _, offsets in case.parts
+        ]
+        floor = sum(energies.total for energies in steady)
+        consensus = sum(energies.consensus for energies in steady)
+    model = case.model
+    prediction = Prediction(
+        rate=max(part.rate for part in parts),
+        floor=floor,
+        consensus=consensus,
+        largest_learning_rate=moments.stable_learning_rate(
+            model.make, list(problem.curvature[0])
+        ),
+        bytes_per_step=model.bytes_per_step,
+    )
+    if target is None:
+        return prediction
+    limit = 200_000 if floor < target else 1_000  # it may dip below before it rests
+    steps = math.inf
+    for t, energies in itertools.islice(_energies(case, problem), limit):
+        if energies.total <= target:
+            steps = t
+            break
+    return prediction._replace(
+        steps_to_target=steps,
+        bytes_to_target=steps * model.bytes_per_step if steps else 0.0,
+    )
+
+
+def trajectory(
+    algorithm: str,
+    problem: Quadratic,
+    options: Mapping[str, Any] | None = None,
+    *,
+    learning_rate: float,
+    steps: int,
+    momentum: float = 0.0,
+    start: Any = 0.0,
+) -> list[tuple[int, moments.Energies]]:
+    """Predict the expected squared errors of every step: exact values, no bounds.
+
+    Args:
+        algorithm: as in :func:`predict`.
+        problem: as there.
+        options: as there.
+        learning_rate: as there.
+        steps: the last step.
+        momentum: as there.
+        start: as there.
+
+    Returns:
+        (steps taken, energies): of every step, for local methods of every average.
+
+    Example:
+        >>> from bagua_jax.theory import problems
+        >>> problem = problems.quadratic(2, [1.0])
+        >>> path = trajectory("local_sgd", problem, {"local_steps": 2},
+        ...                   learning_rate=0.5, steps=4, start=1.0)
+        >>> [(t, round(energies.total, 9)) for t, energies in path]
+        [(0, 1.0), (2, 0.0625), (4, 0.00390625)]
+    """
+    case = _case(algorithm, problem, options, learning_rate, momentum, start)
+    path = _energies(case, problem)
+    return list(itertools.takewhile(lambda at: at[0] <= steps, path))
+
+
+class _Case(NamedTuple):
+    """A model on a problem: for each curvature its moments, start and targets."""
+
+    model: _Model
+    parts: list[tuple[moments.ModeMoments, np.ndarray, np.ndarray]]
+
+
+def _case(algorithm, problem, options, learning_rate, momentum, start) -> _Case:
     if algorithm not in COVERED:
         why = _REASONS.get(algorithm, "no model of it is written")
         raise _refusal(algorithm, f"{why}. Covered are {', '.join(COVERED)}")
@@ -107,41 +185,26 @@ def predict(
     setting = _Setting(algorithm, problem.n, problem.d, momentum)
     model = _model(setting, dict(options or {}))
     spectrum = model.spectrum or mixing.spectrum(topologies.complete(problem.n))
-
     curvature = problem.curvature[0]
     offsets = spectrum.to_modes(problem.target)
     begin = spectrum.to_modes(np.broadcast_to(np.asarray(start, float), offsets.shape))
-    parts = [
-        (moments.ModeMoments(model.make(float(h), learning_rate)), curvature == h)
-        for h in np.unique(curvature)
-    ]
-    rate = max(part.rate for part, _ in parts)
-    floor = consensus = math.inf
-    if all(part.stable for part, _ in parts):
-        steady = [p.steady(offsets[:, where], problem.sigma) for p, where in parts]
-        floor = sum(energies.total for energies in steady)
-        consensus = sum(energies.consensus for energies in steady)
-    largest = moments.stable_learning_rate(model.make, list(curvature))
-    prediction = Prediction(rate, floor, consensus, largest, model.bytes_per_step)
-    if target is None:
-        return prediction
+    parts = []
+    for h in np.unique(curvature):
+        part = moments.ModeMoments(model.make(float(h), learning_rate))
+        parts.append((part, begin[:, curvature == h], offsets[:, curvature == h]))
+    return _Case(model, parts)
+
+
+def _energies(case: _Case, problem: Quadratic):
+    """Give (steps taken, energies summed over elements), for ever."""
+    stride = case.parts[0][0].modes.steps
     paths = [
-        part.energies(begin[:, where], offsets[:, where], problem.sigma)
-        for part, where in parts
+        part.energies(start, offsets, problem.sigma)
+        for part, start, offsets in case.parts
     ]
-    steps = _steps_to(target, paths, parts[0][0].modes.steps, floor)
-    return prediction._replace(
-        steps_to_target=steps,
-        bytes_to_target=steps * model.bytes_per_step if steps else 0.0,
-    )
-
-
-def _steps_to(target: float, paths: list, stride: int, floor: float) -> float:
-    limit = 200_000 if floor < target else 1_000  # it may dip below before it rests
-    for k, energies in enumerate(itertools.islice(zip(*paths, strict=True), limit)):
-        if sum(part.total for part in energies) <= target:
-            return k * stride
-    return math.inf
+    for k, each in enumerate(zip(*paths, strict=True)):
+        mean, consensus = sum(e.mean for e in each), sum(e.consensus for e in each)
+        yield k * stride, moments.Energies(mean, consensus)
 
 
 def _model(setting: _Setting, options: dict[str, Any]) -> _Model:

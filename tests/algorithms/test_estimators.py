@@ -455,6 +455,20 @@ class TestTracesOfDelays:
         np.testing.assert_array_equal(out, expected)
         assert state.pending == ()
 
+    def test_devices_of_nodes_have_delays_in_row_major_order(self):
+        tx = alg.delayed_gradients(
+            axis_name=("node", "local"), staleness=[[1, 0, 0, 0]]
+        )
+        g = jnp.array([[8.0, 0.0], [4.0, 0.0]])
+
+        def two_steps(g):
+            first, state = tx.update(g, tx.init(g))
+            return first, tx.update(g, state)[0]
+
+        first, second = on_nodes(two_steps)(g)
+        np.testing.assert_array_equal(first, np.full((2, 2), 1.0))
+        np.testing.assert_array_equal(second, np.full((2, 2), 3.0))
+
     def test_rows_for_other_workers_are_refused(self):
         tx = alg.delayed_gradients(**one, staleness=[[0, 1, 2]])
         with pytest.raises(ValueError, match="3 entries, and the axis 'workers' has 4"):

@@ -76,7 +76,8 @@ def demo(
 
     Communication:
         One all-gather of all leaves' coefficients: k float32 values and k indices
-        (uint8 in blocks of up to 256 elements, else uint16) of each block.
+        (uint8 in blocks of up to 256 elements, uint16 of up to 65536) of each block. In
+        a hierarchy each device sends its part of the node's message.
 
     State:
         One tree like params, worker-local.

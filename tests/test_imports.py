@@ -284,7 +284,7 @@ def test_public_names_exist_and_are_documented(name: str):
 @pytest.mark.parametrize(
     "section",
     [
-        r"^Placement: (gradient side|weight side|optimizer)",
+        r"^Placement: (gradient side|weight side|(local )?optimizer)",
         r"^\.\. math::",
         r"^Args:",
         r"^Returns:",

@@ -271,7 +271,12 @@ def test_consensus_contracts(row):
     np.testing.assert_allclose(y, np.tile(x.mean(0), (8, 1)), atol=2e-5)
 
 
-STATIC = {"warmup_steps", "axis_name", "bucket_bytes", "seed"}
+STATIC = {"warmup_steps", "axis_name", "bucket_bytes", "seed", "topk", "chunk"} | {
+    "var_freeze_step",
+    "var_update_scaler",
+    "local_step_scaler",
+    "local_step_clipper",
+}
 
 
 @every_algorithm

@@ -103,8 +103,14 @@ def build(config: ExperimentConfig, task: Task, batch: Any) -> Program:
 
         def step(state, batch):
             params = worker_local(state.params, axis)
-            loss, grads = jax.value_and_grad(task.loss)(params, batch)
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            value_and_grad = jax.value_and_grad(task.loss)
+            loss, grads = value_and_grad(params, batch)
+            updates, opt_state = tx.update(
+                grads,
+                state.opt_state,
+                state.params,
+                gradient_fn=lambda params: value_and_grad(params, batch)[1],
+            )
             params = optax.apply_updates(state.params, updates)
             return TrainState(params, opt_state), loss
 

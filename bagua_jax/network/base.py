@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["GBIT", "Link", "Network", "require", "require_within"]
+__all__ = ["GBIT", "Link", "Network", "require", "require_at_least"]
 
 GBIT = 1e9 / 8  # bytes/s of one Gbit/s
 STATED = "stated, not measured"
@@ -22,10 +22,10 @@ def require(valid: bool | np.bool, rule: str, value: object, cure: str = "") -> 
         raise ValueError(f"{rule}; got {value!r}. {cure}".rstrip())
 
 
-def require_within(caller: str, name: str, value: float, low: float, high: float):
-    """Refuse a number outside [low, high], or an infinite one."""
-    valid = low <= value <= high and math.isfinite(value)
-    require(valid, f"{caller}: {name} must be finite and in [{low}, {high}]", value)
+def require_at_least(caller: str, name: str, value: float, least: float) -> None:
+    """Refuse a number below its least value, and one that is infinite or none."""
+    valid = least <= value < math.inf
+    require(valid, f"{caller}: {name} must be finite and at least {least}", value)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Link:
     goodput: float = 1.0
 
     def __post_init__(self) -> None:
-        require_within("Link", "latency", self.latency, 0, math.inf)
+        require_at_least("Link", "latency", self.latency, 0)
         rule = "Link: bandwidth must be above 0 bytes/s (GBIT is that of 1 Gbit/s)"
         require(self.bandwidth > 0, rule, self.bandwidth)
         require(0 < self.goodput <= 1, "Link: goodput must be in (0, 1]", self.goodput)
@@ -215,6 +215,7 @@ class Network:
 
     def seconds(self, num_bytes: float) -> np.ndarray:
         """Time of one message between each pair, alone: latency + bytes / bandwidth."""
+        require_at_least("Network.seconds", "num_bytes", num_bytes, 0)
         return self.latency + num_bytes / self.bandwidth
 
     def __str__(self) -> str:

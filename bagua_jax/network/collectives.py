@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from bagua_jax.network.base import Network, require
+from bagua_jax.network.base import Network, require, require_at_least
 
 if TYPE_CHECKING:
     from bagua_jax.topologies import Topology
@@ -294,6 +294,7 @@ def _load(
 
     ``channels``: by how many devices of its node a send between nodes may leave.
     """
+    require_at_least("network", "num_bytes", num_bytes, 0)
     nodes = network.nodes
     seconds = num_bytes / network.bandwidth[source, target]
     cross = nodes[source] != nodes[target]

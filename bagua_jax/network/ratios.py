@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from bagua_jax.network.base import Network, require, require_within
+from bagua_jax.network.base import Network, require, require_at_least
 
 __all__ = ["topk_per_edge"]
 
@@ -25,9 +25,10 @@ def topk_per_edge(
         \rho = \frac{\text{value and index bytes}}{\text{value bytes}}
 
     R is the predicted time of the dense message, alone. An edge with r_e <= 1 stays
-    dense, k = d. The slowest edge sends 1/r of the dense bytes; a faster one sends
-    more, and without latencies takes no longer than the slowest does. So the step takes
-    as long as with the ratio r on all edges, and less is lost.
+    dense, k = d, and so does one whose sparse message would not be smaller. The slowest
+    edge sends 1/r of the dense bytes; a faster one sends more, and without latencies
+    takes no longer than the slowest does. So the step takes as long as with the ratio r
+    on all edges, and less is lost.
 
     A permutation is one collective, with one shape: edges of different k belong in
     permutations of their own, or share the smallest k.
@@ -58,22 +59,23 @@ def topk_per_edge(
 
     References: Tang et al., `FusionLLM`, arXiv 2410.12707, 2024.
     """
-    caller, inf = "topk_per_edge", math.inf
-    require_within(caller, "num_elements", num_elements, 1, inf)
-    require_within(caller, "ratio", ratio, 1, inf)
-    require_within(caller, "value_bytes", value_bytes, 1, inf)
-    require_within(caller, "index_bytes", index_bytes, 0, inf)
+    caller = "topk_per_edge"
+    require_at_least(caller, "num_elements", num_elements, 1)
+    require_at_least(caller, "ratio", ratio, 1)
+    require_at_least(caller, "value_bytes", value_bytes, 1)
+    require_at_least(caller, "index_bytes", index_bytes, 0)
     devices = range(network.num_devices)
     valid = all(u in devices and v in devices and u != v for u, v in edges)
     rule = f"{caller}: edges must join two of {len(devices)} devices"
     require(valid, rule, list(edges))
 
-    seconds = network.seconds(value_bytes * num_elements)
+    entry, dense = value_bytes + index_bytes, value_bytes * num_elements
+    seconds = network.seconds(dense)
     slowest = max((seconds[edge] for edge in edges), default=0.0)
-    cost = (value_bytes + index_bytes) / value_bytes
     chosen = {}
     for edge in edges:
         shrink = ratio * seconds[edge] / slowest if slowest > 0 else 1.0
-        sparse = max(1, math.floor(num_elements / (cost * shrink)))
-        chosen[edge] = sparse if shrink > 1 else num_elements
+        sparse = max(1, math.floor(dense / (entry * shrink)))
+        smaller = shrink > 1 and sparse * entry < dense
+        chosen[edge] = sparse if smaller else num_elements
     return chosen

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bagua_jax.network.base import require, require_within
+from bagua_jax.network.base import require, require_at_least
 
 __all__ = ["ShiftedExponential"]
 
@@ -39,8 +39,8 @@ class ShiftedExponential:
     scale: float
 
     def __post_init__(self) -> None:
-        require_within("ShiftedExponential", "shift", self.shift, 0, math.inf)
-        require_within("ShiftedExponential", "scale", self.scale, 0, math.inf)
+        require_at_least("ShiftedExponential", "shift", self.shift, 0)
+        require_at_least("ShiftedExponential", "scale", self.scale, 0)
 
     @property
     def asynchronous(self) -> float:

@@ -87,9 +87,9 @@ def ecd_psgd(
         .. math:: \frac{2v}{3}\, \frac{2t - 1}{t (t - 1)} \approx \frac{4v}{3t}
 
         It starts without harm: estimates are exact before step 1, whose coefficients
-        are -1 and 2, and step 2, with 0 and 1, forgets what step 1 added. With noise
-        relative to z, as of random sparsity, nothing averages out: workers stay apart,
-        or diverge. With ``identity()`` it is ``decentralized(combine="before")``.
+        are -1 and 2, and step 2, with 0 and 1, forgets what step 1 added. Noise that is
+        relative to z, as of random sparsity, grows with t and no longer averages out.
+        With ``identity()`` it is ``decentralized(combine="before")``.
 
     Differences from the paper:
         The mixture of estimates in place of one for each neighbour: equal up to

@@ -95,9 +95,8 @@ def overlapped_push(
         ``stochastic_gradient_push``.
 
     Differences from the paper:
-        It sends every tau-th step and waits for the last message when the next is due;
-        here every step sends, so that several messages are under way. x is not stored
-        but recomputed as w z: equal up to rounding.
+        Every step sends, and every message takes exactly tau steps, which there is a
+        bound. x is not stored but recomputed as w z: equal up to rounding.
 
     References:
         Assran et al., `Stochastic Gradient Push for Distributed Deep Learning`, 2019

@@ -85,7 +85,9 @@ def relay_sgd(
 
         where models before the start are x_0. So every worker counts alike, and with a
         constant step size and exact gradients all come to the optimum of the mean,
-        however different they are. Two workers, or a star's hub, are parallel SGD.
+        however different they are. On quadratics it is stable wherever every worker by
+        itself is, :math:`\gamma h_i < 2`, on any tree: it averages points of which each
+        has contracted. Two workers, or a star's hub, are parallel SGD.
 
     Differences from the paper:
         Means instead of sums. There counts travel with the messages, and x_0 fills in

@@ -462,8 +462,8 @@ class TestExactness:
     b = np.array([3.0, -1, 2, 0, -2, 1, 4, -3])
     optimum = (h @ b) / h.sum()
 
-    def distance(self, tx):
-        tx = optax.chain(optax.sgd(0.1), tx)
+    def distance(self, tx, rate=0.1):
+        tx = optax.chain(optax.sgd(rate), tx)
 
         @jax.jit
         @functools.partial(jax.vmap, axis_name=AXIS)
@@ -485,6 +485,12 @@ class TestExactness:
         )
         relay = self.distance(alg.relay_sgd(axis_name=AXIS, topology="path"))
         assert relay < 1e-5 < 0.3 < gossip_floor
+
+    @pytest.mark.parametrize("topology", ["path", "binary_tree"])
+    def test_relays_are_as_stable_as_the_workers_by_themselves(self, topology):
+        """At a rate of 0.97 times 2 / max h, on any tree."""
+        tx = alg.relay_sgd(axis_name=AXIS, topology=topology)
+        assert self.distance(tx, rate=0.97) < 1e-5
 
 
 class TestOverlappedPush:

@@ -1,12 +1,12 @@
 """Delayed gradients: the mean gradient of some steps ago, as a pipeline delivers it."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from numpy.typing import ArrayLike
 
 from bagua_jax import buckets, checks, primitives, schedules
 from bagua_jax.primitives import AxisName
@@ -25,7 +25,7 @@ class DelayedGradientsState(NamedTuple):
 def delayed_gradients(
     *,
     axis_name: AxisName,
-    staleness: ArrayLike = 1,
+    staleness: int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray = 1,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace each worker's gradient by the exact mean of some steps ago.
@@ -147,7 +147,7 @@ def delayed_gradients(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _read_trace(staleness: ArrayLike) -> np.ndarray:
+def _read_trace(staleness: Any) -> np.ndarray:
     """Give the delays as integers [period] or [period, n]."""
     try:
         trace = np.atleast_1d(np.asarray(staleness))

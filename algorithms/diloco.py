@@ -1,13 +1,12 @@
 """DiLoCo: an outer Nesterov step on the mean move of many local steps."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, schedules
 from bagua_jax.algorithms import weights
 from bagua_jax.algorithms.bytegrad import init_errors
 from bagua_jax.compressors import Compressor
@@ -125,34 +124,12 @@ def diloco(
         plan = buckets.plan(params, bucket_bytes)
         key = jax.random.fold_in(state.key, state.count)
 
-        def mean_move(moves, error):
-            if compressor is None:
-                return weights.average(moves, plan, axis_name), error
-            bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
-
-            def exchange(move, worker, owner, compressor=compressor):
-                mean, errors = primitives.c_lp_s(
-                    move,
-                    compressor,
-                    Errors(worker, owner),
-                    axis_name=axis_name,
-                    key=next(bucket_keys),
-                )
-                return mean, *errors
-
-            mean, *errors = plan.map(exchange, moves, *error)
-            return primitives.worker_local((mean, Errors(*errors)), axis_name)
-
         def outer_step(x, anchor, velocity, error):
-            gradient, error = mean_move(optax.tree.sub(anchor, x), error)
-            velocity = jax.tree.map(
-                lambda v, g: outer_momentum * v + g, velocity, gradient
+            gradient, error = weights.compressed_average(
+                optax.tree.sub(anchor, x), error, plan, compressor, key, axis_name
             )
-            anchor = jax.tree.map(
-                lambda a, g, v: a - outer_learning_rate * (g + outer_momentum * v),
-                anchor,
-                gradient,
-                velocity,
+            anchor, velocity = weights.outer_step(
+                anchor, velocity, gradient, outer_learning_rate, outer_momentum
             )
             return anchor, anchor, velocity, error
 

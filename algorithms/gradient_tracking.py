@@ -96,7 +96,7 @@ def gradient_tracking(
     caller = "gradient_tracking"
     topologies.require_known(topology, caller)
     if isinstance(topology, Topology):
-        _require_graph(topology, caller)
+        weights.require_doubly_stochastic(topology, caller)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
 
     def init_fn(params):
@@ -113,7 +113,7 @@ def gradient_tracking(
         primitives.require_local(updates, axis_name, caller)
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
-        _require_graph(graph, caller)
+        weights.require_doubly_stochastic(graph, caller)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         grads = optax.tree.cast(updates, jnp.float32)
@@ -135,12 +135,3 @@ def gradient_tracking(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _require_graph(topology: Topology, caller: str) -> None:
-    if not topology.doubly_stochastic:
-        raise ValueError(
-            f"{caller}: every W must be doubly stochastic, or the estimates' mean is "
-            f"not the mean gradient; {topology.name!r} is not. Use 'ring' or "
-            "'one_peer_exponential', or 'stochastic_gradient_push' for such graphs."
-        )

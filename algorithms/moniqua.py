@@ -111,7 +111,7 @@ def moniqua(
     caller = "moniqua"
     topologies.require_known(topology, caller)
     if isinstance(topology, Topology):
-        _require_graph(topology, caller)
+        weights.require_doubly_stochastic(topology, caller)
     if not callable(theta):
         checks.require_within(caller, "theta", theta, 0, open_below=True)
     checks.require_at_least(caller, "bits", bits, 1, "It is of an element's code.")
@@ -132,7 +132,7 @@ def moniqua(
         checks.require_weights(updates, params, axis_name, caller)
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
-        _require_graph(graph, caller)
+        weights.require_doubly_stochastic(graph, caller)
         peers, period = primitives.peer_axis(axis_name), graph.period
         plan = buckets.plan(params, bucket_bytes)
         bound = theta(state.count) if callable(theta) else theta
@@ -165,15 +165,6 @@ def moniqua(
         return new_updates, MoniquaState(schedules.increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _require_graph(topology: Topology, caller: str) -> None:
-    if not topology.doubly_stochastic:
-        raise ValueError(
-            f"{caller}: rows and columns of W must sum to 1, or the mean drifts, and "
-            f"those of {topology.name!r} do not. Use 'ring' or 'one_peer_exponential', "
-            "or 'stochastic_gradient_push' for such graphs."
-        )
 
 
 class _Places(NamedTuple):

@@ -69,9 +69,9 @@ def quantized_gossip(
         With unbiased errors of variance v an element on every step, the variance of the
         mean model grows by v/n an element and step, and the squared distances from it
         add up to :math:`v \sum_{k \ge 2} \lambda_k^2 / (1 - \lambda_k^2)` an
-        element, however small the step size. Relative errors, such as those of norms and top-k, are
-        relative to the model, not to a difference that vanishes. ``identity()`` makes
-        it ``decentralized(combine="after")``.
+        element, however small the step size. Relative errors, such as those of norms
+        and top-k, are relative to the model, not to a difference that vanishes.
+        ``identity()`` makes it ``decentralized(combine="after")``.
 
     References:
         The schemes that do not converge in Koloskova et al., `Decentralized Stochastic

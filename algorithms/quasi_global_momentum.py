@@ -106,7 +106,7 @@ def quasi_global_momentum(
     caller = "quasi_global_momentum"
     topologies.require_known(topology, caller)
     if isinstance(topology, Topology):
-        _require_graph(topology, caller)
+        weights.require_doubly_stochastic(topology, caller)
     if not callable(learning_rate):
         checks.require_within(
             caller, "learning_rate", learning_rate, 0, open_below=True
@@ -127,7 +127,7 @@ def quasi_global_momentum(
         checks.require_weights(updates, params, axis_name, caller)
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
-        _require_graph(graph, caller)
+        weights.require_doubly_stochastic(graph, caller)
         plan = buckets.plan(params, bucket_bytes)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         per_rate = jnp.where(rate == 0, 0.0, 1 / jnp.where(rate == 0, 1.0, rate))
@@ -154,12 +154,3 @@ def quasi_global_momentum(
         return new_updates, QuasiGlobalMomentumState(count, direction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _require_graph(topology: Topology, caller: str) -> None:
-    if not topology.doubly_stochastic:
-        raise ValueError(
-            f"{caller}: rows and columns of W must sum to 1, or the mean drifts, and "
-            f"those of {topology.name!r} do not. Use 'ring' or 'one_peer_exponential', "
-            "or 'stochastic_gradient_push' for such graphs."
-        )

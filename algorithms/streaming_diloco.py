@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, schedules
 from bagua_jax.algorithms import weights
 from bagua_jax.algorithms.bytegrad import init_errors
 from bagua_jax.compressors import Compressor
@@ -165,33 +165,16 @@ def streaming_diloco(
         count = schedules.increment(state.count)
 
         def outer_step(plan, x, anchor, velocity, *errors):
-            gradient = optax.tree.sub(anchor, x)
-            if compressor is None:
-                gradient = weights.average(gradient, plan, axis_name)
-            else:
-                bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
-
-                def exchange(move, *errors, compressor=compressor):
-                    mean, errors = primitives.c_lp_s(
-                        move,
-                        compressor,
-                        Errors(*errors),
-                        axis_name=axis_name,
-                        key=next(bucket_keys),
-                    )
-                    return mean, *errors
-
-                gradient, *errors = primitives.worker_local(
-                    plan.map(exchange, gradient, *errors), axis_name
-                )
-            velocity = jax.tree.map(
-                lambda v, g: outer_momentum * v + g, velocity, gradient
+            gradient, errors = weights.compressed_average(
+                optax.tree.sub(anchor, x),
+                Errors(*errors),
+                plan,
+                compressor,
+                key,
+                axis_name,
             )
-            anchor = jax.tree.map(
-                lambda a, g, v: a - outer_learning_rate * (g + outer_momentum * v),
-                anchor,
-                gradient,
-                velocity,
+            anchor, velocity = weights.outer_step(
+                anchor, velocity, gradient, outer_learning_rate, outer_momentum
             )
             return anchor, velocity, *errors
 

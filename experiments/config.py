@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -411,6 +411,9 @@ def check_value(value: Any, hint: Any, name: str) -> Any:
         parts = [p for p in typing.get_args(hint) if p is not type(None)]
         if value is None and len(parts) < len(typing.get_args(hint)):
             return None
+        origins = [typing.get_origin(part) for part in parts]
+        if isinstance(value, list) and Sequence in origins:
+            return value
         checkable = [p for p in parts if _checkable(p)]
         if len(checkable) == 1 and (len(parts) == 1 or checkable != [str]):
             return check_value(value, checkable[0], name)

@@ -80,7 +80,7 @@ BAD_ARGUMENTS = [
     (
         "gradient_tracking",
         {"topology": topologies.from_matrix([[0.5, 0], [0.5, 1]], stochastic="column")},
-        r"every W must be doubly stochastic.*'stochastic_gradient_push'",
+        r"rows and columns of W must sum to 1.*'stochastic_gradient_push'",
     ),
     ("qadam", {"warmup_steps": 1}, r"warmup_steps must be an integer >= 2, got 1"),
     ("qadam", {"warmup_steps": 10.0}, r"warmup_steps must be an integer .* got 10.0"),

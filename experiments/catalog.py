@@ -60,7 +60,9 @@ def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, ...]:
     for algorithm in config.algorithms:
         algorithm = _resolve_algorithm(algorithm, config)
         used = config.optimizer if uses_optimizer(algorithm) else OptimizerConfig()
-        run = dataclasses.replace(config, algorithms=(algorithm,), optimizer=used)
+        run = dataclasses.replace(
+            config, algorithms=(algorithm,), optimizer=used, claims=()
+        )
         _try_out(run)
         runs.append(run)
     return tuple(runs)
@@ -307,5 +309,6 @@ def describe(what: str) -> list[Row]:
 
 
 def _claim(text: str) -> str:
-    """Read the first comment line of a config: what it shows."""
-    return text.partition("\n")[0].removeprefix("#").strip().removeprefix("Claim: ")
+    """Read from a config's comments what it shows."""
+    found = re.search(r"^# Claim: (.*)$", text, re.MULTILINE)
+    return found[1] if found else ""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from bagua_jax.experiments import claims
 from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig
 from bagua_jax.experiments.folders import RunError, blame, require_writable
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; those of the process where ``None``.
 
     Returns:
-        Exit status: 0 done, 1 a run failed, 2 bad usage.
+        Exit status: 0 done, 1 a run failed or a claim does not hold, 2 bad usage.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warn
@@ -101,6 +102,7 @@ def _parse(argv: list[str]) -> Run | List:
                 "`bagua-jax list configs` shows what there is."
             )
         loaded = configs.load(argv[1])
+        claims.check(map(claims.parse, loaded.claims), loaded)
         default = Run(argv[1], loaded)
     command = tyro.cli(
         Annotated[Run, tyro.conf.subcommand("run", default=default)]
@@ -159,6 +161,12 @@ def _run(command: Run) -> int:
         raise RunError(f"the task's data failed: {blame(error)}.") from error
     Shards.deal(data, config.workers, config.sharding, config.batch_size, config.seed)
 
+    labels = {run.algorithms[0].label for run in runs}
+    stated = [claims.parse(text) for text in config.claims]
+    stated = [claim for claim in stated if claim.labels <= labels]
+    for run in runs if stated else ():
+        claims.check_metrics(stated, run, train.metric_names(run, task, data))
+
     require_writable(Path(config.output) / config.experiment)
 
     console = _console()
@@ -171,9 +179,13 @@ def _run(command: Run) -> int:
         except RunError as error:
             failures.append(f"{run.algorithms[0].label}: {error}")
             _complain(failures[-1], _FAILED)
+    verdicts = report.judge(stated, results)
     if results:
-        report.write(config, task.title, results, failures, console)
-    return _FAILED if failures else 0
+        report.write(config, task.title, results, failures, verdicts, console)
+    left_out = len(config.claims) - len(stated)
+    if left_out:
+        console.print(f"{left_out} claims about runs left out are not judged.")
+    return _FAILED if failures or not all(v.holds for v in verdicts) else 0
 
 
 def _prepare_host_devices(config: ExperimentConfig) -> None:

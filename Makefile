@@ -1,10 +1,11 @@
 # Each command does all of its set-up; the second time there is none left to do.
 #
-#   make demo    trains with BAGUA's algorithms on small data and compares them
-#   make test    lint, then every test and doctest
-#   make lint    ruff and pyright only
-#   make format  lets ruff rewrite what it can
-#   make clean   removes the environment and everything built
+#   make demo       trains with BAGUA's algorithms on small data and compares them
+#   make published  shows twelve published effects; stops where a claim does not hold
+#   make test       lint, then every test and doctest
+#   make lint       ruff and pyright only
+#   make format     lets ruff rewrite what it can
+#   make clean      removes the environment and everything built
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment (3.11 or newer).
 
@@ -15,13 +16,18 @@ INSTALLED := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo published test lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(INSTALLED)
 	$(BIN)/bagua-jax run demo
+
+published: $(INSTALLED)
+	@set -e; for config in experiments/configs/published/*.yaml; do \
+	    $(BIN)/bagua-jax run $$config; \
+	done
 
 # One run of pytest, so that its last line counts everything; two processes, because most
 # of the time is compilation, which takes one core. --pyargs: doctests import the package

@@ -237,12 +237,16 @@ def check_metrics(
                 raise unknown(where, metric, valid, f"metric of {label}")
             if step is None:
                 continue
-            is_trained = metric.startswith("train/") and step > 0
-            is_judged = step % run.eval_every == 0 or step == run.steps
-            if step > run.steps or not (is_trained or is_judged):
+            if metric.startswith("train/"):
+                is_measured = 0 < step <= run.steps
+            else:
+                is_judged = step % run.eval_every == 0 or step == run.steps
+                is_measured = is_judged and step <= run.steps
+            if not is_measured:
                 raise ConfigError(
-                    f"{where}: {metric} of {label} is not measured on step {step}, but "
-                    f"on every {run.eval_every}th of {run.steps}."
+                    f"{where}: {metric} of {label} is not measured on step {step} of "
+                    f"{run.steps}: the loss is on every step from 1, the evaluation on "
+                    f"every {run.eval_every}th."
                 )
 
 

@@ -32,14 +32,15 @@ def headline(config: ExperimentConfig, title: str) -> str:
 
     machine = folders.processor()
     n, device = config.workers, jax.devices()[0]
+    workers = "1 worker" if n == 1 else f"{n} workers"
     if device.platform != "cpu":
         machine = f"{device.device_kind}, {machine}"
     if config.where == "simulate":
-        place = f"simulation of {n} workers on one device"
+        place = f"simulation of {workers} on one device"
     elif device.platform == "cpu":
-        place = f"{n} workers on host devices of one machine"
+        place = f"{workers} on host devices of one machine"
     else:
-        place = f"{n} workers on {n} x {device.device_kind}"
+        place = f"{workers} on {n} x {device.device_kind}"
     return f"{config.experiment}: {title}, {place} ({machine})"
 
 
@@ -281,6 +282,9 @@ def _draw(panels, summary, lines, axis, metric) -> None:
     losses = np.array([line["train/loss"] for line in trained])
     values = [line[f"eval/{metric}"] for line in judged]
     steps, at = (np.array([x["step"] for x in part]) for part in (trained, judged))
+    if summary.get("diverged"):  # what came last would dwarf the others
+        soon = np.logical_and.accumulate(np.abs(losses) <= 10 * np.abs(losses[:1]))
+        losses, steps = losses[soon], steps[soon]
     if axis == "bytes":
         steps, at = (cumulative_bytes(x, summary["wire"]) for x in (steps, at))
     smooth = _smooth(losses, len(losses) // 50)

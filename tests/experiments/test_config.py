@@ -18,7 +18,10 @@ BASE = ExperimentConfig(
 )
 
 
-@pytest.mark.parametrize("name", config.shipped())
+SHIPPED = [name for name in config.shipped() if "/" not in name]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_resolve_and_say_what_they_show(name):
     path = config.shipped()[name]
     comments = path.read_text().splitlines()[:4]
@@ -269,7 +272,7 @@ def test_scientific_notation_is_a_number(tmp_path):
     assert config.load(path).optimizer.learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("name", config.shipped())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_run_written_out_reads_back_equal(tmp_path, name):
     for run in catalog.resolve(config.load(name)):
         path = tmp_path / "config.yaml"

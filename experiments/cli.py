@@ -135,13 +135,16 @@ def _list(command: List) -> int:
     console = _console()
     kinds = catalog.LISTS if command.what == "all" else [command.what]
     for kind in kinds:
-        table = Table(title=kind, title_justify="left", box=None, show_header=False)
-        table.add_column(style="bold", no_wrap=True, min_width=27)
-        table.add_column()
+        facts, caption = catalog.LISTS[kind].facts, catalog.LISTS[kind].caption
+        table = Table(title=kind, title_justify="left", box=None)
+        table.add_column("", style="bold", no_wrap=True, min_width=27)
+        for header in facts:
+            table.add_column(header, no_wrap=True)
+        table.add_column("")
         for row in catalog.describe(kind):
-            table.add_row(row.name, row.summary)
+            table.add_row(row.name, *row.facts, row.summary)
         console.print(table)
-        console.print()
+        console.print(f"[dim]{caption}\n" if caption else "", highlight=False)
     return 0
 
 

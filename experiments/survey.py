@@ -122,6 +122,13 @@ SURVEY = (
         "gradient_side.diana",
     ),
     Row(
+        "marina",
+        {"compressor": "randk(0.01, mask=private)", "probability": 0.01},
+        "fl_pytorch",
+        "g = the mean gradient after each dense step",
+        "estimators.marina",
+    ),
+    Row(
         "ef21",
         {"compressor": "topk(0.01)"},
         "fl_pytorch",
@@ -150,6 +157,13 @@ SURVEY = (
         "gradient_side.delayed_gradients",
     ),
     Row(
+        "adasum",
+        {},
+        "Horovod",
+        "replicas equal bit for bit",
+        "estimators.adasum",
+    ),
+    Row(
         "qadam",
         {"learning_rate": 1e-3},
         "Bagua",
@@ -169,6 +183,36 @@ SURVEY = (
         "DeepSpeed (Bagua)",
         "replicas equal bit for bit",
         "gradient_side.one_bit_adam",
+    ),
+    Row(
+        "zero_one_adam",
+        {"learning_rate": 1e-3},
+        "DeepSpeed",
+        "replicas equal bit for bit after each exchange",
+        "optimizers.zero_one_adam",
+        "0/1 Adam",
+    ),
+    Row(
+        "one_bit_lamb",
+        {"learning_rate": 1e-3},
+        "DeepSpeed",
+        "replicas equal bit for bit",
+        "optimizers.one_bit_lamb",
+    ),
+    Row(
+        "demo",
+        {"learning_rate": 1e-3},
+        "DeMo",
+        "replicas equal bit for bit",
+        "optimizers.demo",
+    ),
+    Row(
+        "gradient_tracking",
+        {"learning_rate": 0.1},
+        "BlueFog, epfml",
+        "mean of y = mean gradient",
+        "optimizers.gradient_tracking",
+        "DIGing, DSGT",
     ),
     Row(
         "decentralized",
@@ -201,6 +245,28 @@ SURVEY = (
         "replicas of neighbours equal theirs bit for bit",
         "algorithms.low_precision_decentralized",
         "DCD-PSGD",
+    ),
+    Row(
+        "ecd_psgd",
+        {"compressor": "qsgd(levels=127, bucket=512)"},
+        "epfml",
+        "estimates unbiased, their variance as derived",
+        "gossip.ecd_psgd",
+    ),
+    Row(
+        "moniqua",
+        {"theta": 1.0},
+        "none",
+        _GOSSIP + ", to a step of the grid",
+        "gossip.moniqua",
+    ),
+    Row(
+        "quantized_gossip",
+        {"compressor": "minmax_uint8"},
+        "none (the cautionary baseline)",
+        "floor and walk of the mean as derived",
+        "quantized_gossip.quantized_gossip",
+        "naive quantized gossip",
     ),
     Row(
         "choco_sgd",
@@ -246,6 +312,30 @@ SURVEY = (
         "SGP",
     ),
     Row(
+        "overlapped_push",
+        {"staleness": 1},
+        "SGP",
+        "mass, with that in flight, sums to n",
+        "gossip.overlapped_push",
+        "overlapped SGP",
+    ),
+    Row(
+        "relay_sgd",
+        {},
+        "epfml",
+        "counts reach n - 1 after the tree's diameter",
+        "gossip.relay_sgd",
+        "RelaySGD",
+    ),
+    Row(
+        "quasi_global_momentum",
+        {"learning_rate": 0.1},
+        "epfml",
+        "mean moves as one worker's",
+        "gossip.quasi_global_momentum",
+        "QG-DSGDm",
+    ),
+    Row(
         "async_model_average",
         {"period": 8, "staleness": 4},
         "(Bagua, BytePS, BlueFog, hivemind, SGP: in real time)",
@@ -259,6 +349,14 @@ SURVEY = (
         "fl_pytorch (Bagua, DeepSpeed, DrJAX)",
         _GOSSIP,
         "weight_side.local_sgd",
+    ),
+    Row(
+        "hierarchical_averaging",
+        {"periods": {4: 4, 16: None}},
+        "DDP",
+        _GOSSIP,
+        "gossip.hierarchical_averaging",
+        "multi-period averaging",
     ),
     Row(
         "slowmo",
@@ -280,6 +378,20 @@ SURVEY = (
         "OpenDiLoCo, torchft",
         "replicas equal after each exchange",
         "weight_side.diloco",
+    ),
+    Row(
+        "streaming_diloco",
+        {"local_steps": 100, "fragments": 4, "compressor": "blockwise(4)"},
+        "torchft, MaxText (with other codes)",
+        "sent + errors = moves, summed over time",
+        "gossip.streaming_diloco",
+    ),
+    Row(
+        "cocktail_sgd",
+        {"compressor": "chain(topk(0.1), blockwise(4, 128))", "mask_ratio": 0.1},
+        "CocktailSGD",
+        "sent + errors = moves, summed over time",
+        "estimators.cocktail_sgd",
     ),
 )
 """What the table shows; a test fails where a registered algorithm has no row."""
@@ -459,7 +571,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=Path("docs/algorithms.md"))
     parser.add_argument("--numbers", type=Path, default=Path("experiments/survey.json"))
+    parser.add_argument(
+        "algorithms", nargs="*", help="count only these again; all where none is named"
+    )
     arguments = parser.parse_args()
+    again = set(arguments.algorithms) or {row.algorithm for row in SURVEY}
 
     import jax
     from rich.console import Console
@@ -467,10 +583,10 @@ def main() -> int:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", WORKERS)
-    numbers = {
-        label(row): measure(row)
-        for row in track(SURVEY, "compiling", console=Console(stderr=True))
-    }
+    numbers = {}
+    for row in track(SURVEY, "compiling", console=Console(stderr=True)):
+        name = label(row)
+        numbers[name] = measure(row) if row.algorithm in again else read()[name]
     for path, text in (
         (arguments.numbers, json.dumps(numbers, indent=1) + "\n"),
         (arguments.page, to_markdown(numbers)),

@@ -57,10 +57,12 @@ def test_list_shows_everything_with_a_line_on_each(lab):
     assert status == 0
     for kind in catalog.LISTS:
         assert kind in out
-        for name, summary in catalog.describe(kind):
+        for name, summary, facts in catalog.describe(kind):
             assert name in out
             assert len(summary) > 10 and summary[0].isupper()
             assert ":math:" not in summary
+            assert len(facts) == len(catalog.LISTS[kind].facts)
+            assert all(fact in out for fact in facts)
 
 
 def test_list_one_kind(lab):

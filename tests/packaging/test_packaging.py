@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("bagua_jax", "algorithms", "experiments")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
-SHIPPED = (".py", ".yaml", ".mplstyle", ".typed")
+SHIPPED = (".py", ".yaml", ".json", ".mplstyle", ".typed")
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -98,9 +98,7 @@ def simulate(
     noise[loud] = rng.standard_normal((loud.sum(), *noise.shape[1:]), np.float32)
     noise *= scale[:, None, None, None]
     keys = jax.random.split(jax.random.key(seed), replicas)
-    seen = _run(
-        make, observe or _params, gradient, tuple(each), *whole, noise, keys
-    )
+    seen = _run(make, observe or _params, gradient, tuple(each), *whole, noise, keys)
     return jax.tree.map(lambda a: np.moveaxis(np.asarray(a), 1, 2), seen)
 
 
@@ -142,7 +140,7 @@ def mean_square_rate(
     n: int,
     knobs: tuple[Any, ...],
     curvature: float = 1.0,
-    d: int = 32,
+    d: int = 16,
     replicas: int = 128,
     populations: int = 8,
     steps: int = 40,

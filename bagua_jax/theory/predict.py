@@ -318,7 +318,9 @@ def _compressed_mean(
     compressor: Compressor,
     plan: str | None = None,
     error_feedback: str | None = None,
+    unsafe: bool = False,
 ) -> _Model:
+    del unsafe  # the arithmetic is the same
     sent = message(compressor, setting.d)
     if plan is None and compressor.facts.linear:
         plan = "linear_sum"
@@ -371,7 +373,9 @@ def _difference_coding(setting, make, compressor, **options) -> _Model:
     )
 
 
-def _delayed_gradients(setting: _Setting, *, staleness: int = 1) -> _Model:
+def _delayed_gradients(setting: _Setting, *, staleness: Any = 1) -> _Model:
+    if not isinstance(staleness, int):
+        raise _refusal(setting.name, "a trace of delays changes the step with time")
     return _Model(
         lambda h, gamma: modes.delayed_gradients(
             setting.n, h, gamma, staleness=staleness, momentum=setting.momentum
@@ -518,7 +522,7 @@ def _slowmo(
     setting: _Setting,
     *,
     local_steps: int,
-    slow_momentum: float,
+    slow_momentum: float = 0.5,
     slow_learning_rate: float = 1.0,
     learning_rate: float | None = None,
 ) -> _Model:

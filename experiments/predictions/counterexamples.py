@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bagua_jax import algorithms, compressors, primitives
+from bagua_jax import algorithms, compressors
 from bagua_jax.experiments.measure import AXIS, average, simulate
 from bagua_jax.experiments.predictions.rows import AT_MOST, exact, identity, row
 
@@ -31,15 +31,15 @@ def fed_back_signs(learning_rate):
 
 
 def top1(learning_rate):
-    """Send the largest element, forget the others: ``compressed_mean`` refuses it."""
-    largest = compressors.topk(1 / 3)
-
-    def update(updates, state, params=None):
-        mean, *_ = primitives.gather_mean(updates, largest, axis_name=AXIS)
-        return mean, state
-
-    forgetful = optax.GradientTransformation(lambda x: optax.EmptyState(), update)
-    return optax.chain(forgetful, optax.sgd(learning_rate))
+    """Send the largest element and forget the others."""
+    tx = algorithms.compressed_mean(
+        compressors.topk(1 / 3),
+        axis_name=AXIS,
+        plan="all_gather",
+        error_feedback="none",
+        unsafe=True,
+    )
+    return optax.chain(tx, optax.sgd(learning_rate))
 
 
 def top1_fed_back(learning_rate):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -314,6 +315,7 @@ def powersgd_step(matrices):
     tx = algorithms.powersgd(axis_name=AXIS, rank=2, min_compression=1.0)
 
     def worker(matrix):
+        state: Any
         mean, state = tx.update(matrix, tx.init(matrix))
         return mean, state.error
 

@@ -179,7 +179,7 @@ def experiment(index: int, effort: int) -> dict[str, np.ndarray]:
     in mean square, which :data:`RATES` measures).
     """
     case = CASES[index]
-    count = {"path": 128 * effort if case.random else 1}
+    count = {"path": 96 * effort if case.random else 1}
     count["noisy"] = (64 if case.random else 48) * effort
     count |= {} if case.random else {"below": 1, "above": 1}
     group = np.repeat(list(count), list(count.values()))

@@ -1,0 +1,82 @@
+"""Problems with known optima."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bagua_jax.theory import problems
+
+
+def test_a_quadratic_has_the_chosen_heterogeneity_and_optimum():
+    rng = np.random.default_rng(0)
+    h = rng.uniform(0.1, 1, (5, 3))
+    problem = problems.quadratic(5, h, zeta=2.5, seed=4)
+    assert problem.heterogeneity == pytest.approx(2.5**2)
+    np.testing.assert_allclose(problem.optimum, 0, atol=1e-12)
+    mean = problem.gradient(np.tile(problem.optimum, (5, 1))).mean(0)
+    np.testing.assert_allclose(mean, 0, atol=1e-12)
+    around = [problem.loss(problem.optimum + d) for d in 1e-3 * np.eye(3)]
+    assert min(around) > problem.loss(problem.optimum)
+    assert problem.smoothness == h.max()
+    assert problem.strong_convexity == h.mean(0).min()
+    assert not problem.equal_curvature
+    assert problems.quadratic(2, [1.0]).heterogeneity == 0
+
+
+def test_one_gradient_function_for_numpy_and_jax():
+    problem = problems.quadratic(4, [1.0, 0.3], zeta=1.0)
+    x = np.random.default_rng(1).standard_normal((4, 2))
+    in_jax = jax.vmap(problems.quadratic_gradient)(
+        x, problem.curvature, problem.target, jnp.zeros((4, 2))
+    )
+    np.testing.assert_allclose(in_jax, problem.gradient(x), rtol=1e-6)
+    w = np.ones(3)
+    data = problems.Logistic(np.eye(3), np.array([1.0, -1, 1]), 0.1)
+    found = problems.logistic_gradient(
+        jnp.asarray(w), jnp.eye(3), jnp.asarray(data.labels), 0.1, xp=jnp
+    )
+    np.testing.assert_allclose(found, data.gradient(w), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (([0.0, 1.0],), "positive"),
+        ((np.ones((3, 2)),), "n=2"),
+        (([1.0],), "targets must have the shape"),
+    ],
+)
+def test_refusals(arguments, why):
+    targets = np.zeros((2, 5)) if "targets" in why else None
+    with pytest.raises(ValueError, match=why):
+        problems.quadratic(2, *arguments, targets=targets)
+
+
+def test_logistic_regression_on_breast_cancer():
+    problem = problems.breast_cancer()
+    w = problem.optimum()
+    assert np.abs(problem.gradient(w)).max() <= 1e-14
+    assert problem.smoothness == pytest.approx(3.32216, abs=1e-5)
+    assert problem.loss(w) == pytest.approx(0.0665690, abs=1e-7)
+    right = problem.labels * (problem.features @ w) > 0
+    assert right.mean() == pytest.approx(0.9877, abs=1e-4)
+    curvature = np.linalg.eigvalsh(problem.hessian(w))
+    assert curvature[0] == pytest.approx(0.00176, abs=1e-5)
+    assert curvature[-1] < problem.smoothness
+    eps = 1e-6 * np.eye(30)
+    slopes = [(problem.loss(w + e) - problem.loss(w - e)) / 2e-6 for e in eps]
+    np.testing.assert_allclose(slopes, 0, atol=1e-9)
+
+
+def test_samples_are_shared_out():
+    problem = problems.breast_cancer()
+    shuffled, sorted_ = problem.split(8), problem.split(8, by_label=True)
+    for parts in (shuffled, sorted_):
+        assert sum(len(p.labels) for p in parts) == 569
+        w = np.linspace(-1, 1, 30)
+        weights = [len(p.labels) / 569 for p in parts]
+        mean = sum(q * p.gradient(w) for q, p in zip(weights, parts, strict=True))
+        np.testing.assert_allclose(mean, problem.gradient(w), atol=1e-12)
+    assert {set(p.labels) == {1.0} for p in sorted_} == {True, False}
+    assert all(len(set(p.labels)) == 2 for p in shuffled)

@@ -2,6 +2,7 @@
 #
 #   make demo       trains with BAGUA's algorithms on small data and compares them
 #   make published  shows twelve published effects; stops where a claim does not hold
+#   make notebooks  runs the studies in full: docs/studies.md and its figures
 #   make test       lint, then every test and doctest
 #   make lint       ruff and pyright only
 #   make format     lets ruff rewrite what it can
@@ -16,7 +17,7 @@ INSTALLED := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo published test lint format clean
+.PHONY: help demo published notebooks test lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,6 +35,9 @@ published: $(INSTALLED)
 # by its name; as a path, algorithms/ would be imported a second time.
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal --doctest-modules --pyargs tests/ bagua_jax
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m bagua_jax.experiments.studies
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

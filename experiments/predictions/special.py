@@ -237,7 +237,7 @@ def power_iterations(matrix, rank):
     """Send one matrix again and again; give what arrives, [20, rows, columns]."""
     tx = algorithms.powersgd(axis_name=AXIS, rank=rank, min_compression=1.0)
 
-    def worker(_):
+    def worker(_) -> Any:
         def step(state, _):
             # Without feedback: the error is put back to zero.
             found, state = tx.update(matrix, state)

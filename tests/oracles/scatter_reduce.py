@@ -46,7 +46,7 @@ def c_lp_s(x, worker_error=None, owner_error=None, rounding=np.rint):
         sent = minmax_uint8(v[:, part], rounding)
         if new_worker is not None:
             new_worker[:, part] = v[:, part] - sent
-        total = np.zeros(sent.shape[1], f32)
+        total = np.zeros_like(x[0, part], f32)
         for i in range(n):
             total = total + sent[i]
         owned = total / f32(n)

@@ -197,7 +197,7 @@ def bits(tree) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def relative(decoded: np.ndarray, x: np.ndarray) -> np.ndarray:
+def relative(decoded: np.ndarray, x: np.ndarray):
     error = np.float64(decoded) - np.float64(x)
     return (error**2).sum(-1) / (np.float64(x) ** 2).sum(-1)
 

@@ -276,23 +276,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the studies in full, and write figures and page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(ORDER)}: no page")
+    parser.add_argument("names", nargs="*", help="of studies; all where none is")
     given = parser.parse_args(arguments)
     figures = given.docs / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     os.environ["BAGUA_FIGURES"] = str(figures)
     need_devices(8)
+    page = given.docs / "studies.md"
+    old = page.read_text(encoding="utf-8").split("\n## ") if page.exists() else []
     parts = [_PAGE.format(machine=_machine())]
-    for name in given.names or ORDER:
+    for name in ORDER:
+        image = f"![{name}](figures/{name}.png)"
+        if given.names and name not in given.names:
+            parts += ["## " + part for part in old if image in part]
+            continue
         start = time.process_time()
         table = compare(run(name)["rows"])
         seconds = time.process_time() - start
         print(f"\n{name}: {seconds:.0f} s of processor time\n{table}", flush=True)
         link = f"[{name}.py](../experiments/notebooks/{name}.py), {seconds:.0f} s"
-        image = f"![{name}](figures/{name}.png)"
         parts.append("\n\n".join((_opening(name), image, table, link)) + "\n")
-    if not given.names:
-        (given.docs / "studies.md").write_text("\n".join(parts), encoding="utf-8")
+    page.write_text("\n".join(parts), encoding="utf-8")
     return 0
 
 

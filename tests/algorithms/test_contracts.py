@@ -133,7 +133,7 @@ def test_update_dtype_is_param_dtype(row):
         assert got.shape[-want.ndim :] == want.shape if want.ndim else True
 
 
-@every_row
+@every_algorithm
 def test_simulation_equals_devices(row):
     n = 8
     simulated = run(Workers.simulate(n), row, steps=25)
@@ -207,7 +207,7 @@ def test_converges_on_a_heterogeneous_quadratic(row):
             assert np.max(np.abs(np.asarray(leaf) - 1)) < max(row.floor, 0.05)
 
 
-flat_and_nested = [(row, 8) for row in ROWS] + [(row, (2, 4)) for row in ONE_EACH]
+flat_and_nested = [(row, shape) for shape in (8, (2, 4)) for row in ONE_EACH]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,23 @@
 """Claims: what they can say, what they are refused for, and what becomes of them."""
 
 import dataclasses
+import io
 import json
 import math
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
-from bagua_jax.experiments import catalog, claims, config, folders, tasks, train
+from bagua_jax.experiments import (
+    catalog,
+    claims,
+    config,
+    folders,
+    report,
+    tasks,
+    train,
+)
 from bagua_jax.experiments.claims import Verdict
 from bagua_jax.experiments.config import ConfigError
 
@@ -235,6 +245,17 @@ def test_an_evaluation_that_is_not_finite_ends_a_run_as_well(lab, monkeypatch):
     assert list(lab.summary("slow"))[5:7] == ["eval/first", "eval/ends"]
     status, _, err = lab.run(algorithms=[slow | {"may_diverge": False}], steps=60)
     assert status == 1 and "the evaluation gives" in err
+
+
+def test_the_table_says_diverged_instead_of_numbers():
+    wire = {"bytes_per_worker": 1234.0, "messages_per_worker": 0.25}
+    row = {"label": "wild", "eval/loss": 7.0, "train/loss_last_10": 8.0, "wire": wire}
+    row |= {"consensus/distance_sq": 9.0, "time/steps_per_s": 5.0, "diverged": True}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report._table([(None, row)], console.width))
+    (line,) = (x for x in console.file.getvalue().splitlines() if "wild" in x)
+    told = "wild diverged diverged diverged 1.23 kB 0.25 diverged 5"
+    assert line.split() == told.split()
 
 
 # --- the published configs ---

@@ -12,8 +12,8 @@ and :math:`\varepsilon` its compression error. Each algorithm is written once, a
 step; the matrices are read off by applying it to unit vectors. The roots of its mode
 polynomial are the eigenvalues of A.
 
-Models follow the algorithms of ``bagua_jax.algorithms`` with SGD, with momentum or
-without, step for step, and have their names.
+Models follow the algorithms of ``bagua_jax.algorithms`` beside SGD, step for step, and
+have their names.
 """
 
 import math
@@ -315,8 +315,8 @@ def largest_stable(is_stable: Callable[[float], bool], upper: float) -> float:
         upper: an estimate of what is certainly too large.
 
     Returns:
-        The threshold, to 1e-12 of itself; infinite if even ``upper`` is stable, 0 if
-        everything down to 1e-4 ``upper`` is unstable.
+        The threshold, to about 1e-11 of itself; infinite if even ``upper`` is stable, 0
+        if everything down to 1e-4 ``upper`` is unstable.
 
     Example:
         >>> round(largest_stable(lambda a: abs(1 - a) < 1, 10.0), 9)

@@ -109,6 +109,7 @@ RATES = [
         lambda k: modes.compressed_mean(4, 1.0, k, message=masked(0.25, True)),
         4,
         4.0,
+        quick=False,
     ),
     Setting(
         "error feedback, n = 1, q = 1/2",

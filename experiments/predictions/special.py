@@ -290,6 +290,7 @@ def powersgd_error():
     "C.1",
     "Of an orthogonal 40 x 40 matrix rank 3 keeps 3/40 of the energy, whatever Q",
     Rule("equal", 1e-5),
+    quick=False,
 )
 def powersgd_on_a_flat_spectrum():
 
@@ -655,6 +656,7 @@ def choco_gossip(consensus_step_size):
     "C.1",
     "Energy of consensus after 3, 8 and 16 steps, ring of 8, q = 1/2, gamma_c = 0.5",
     MONTE_CARLO,
+    quick=False,
 )
 def choco_gossip_path():
     start = np.random.default_rng(8).standard_normal((N, 32))

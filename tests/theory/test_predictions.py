@@ -30,7 +30,7 @@ def test_measurement_agrees_with_prediction(name):
         "decentralized (before): floor",
         "exact_diffusion: path",
         "compressed_mean: path",
-        "choco gossip path",
+        "choco_sgd: path",
         "marina path",
         "heavy ball variance",
         "error feedback virtual iterate",

@@ -212,7 +212,7 @@ def save(figure: Any, name: str) -> None:
         name: of the file, without its end.
     """
     if folder := os.environ.get("BAGUA_FIGURES"):
-        figure.savefig(Path(folder) / f"{name}.png")
+        figure.savefig(Path(folder) / f"{name}.png", dpi=120)
 
 
 # --- running --------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.process_time()
         table = compare(run(name)["rows"])
         seconds = time.process_time() - start
-        print(f"\n{name}: {seconds:.0f} s of processor time\n{table}", flush=True)
+        print(f"{name}: {seconds:.0f} s of processor time\n", flush=True)
         link = f"[{name}.py](../experiments/notebooks/{name}.py), {seconds:.0f} s"
         parts.append("\n\n".join((_opening(name), image, table, link)) + "\n")
     page.write_text("\n".join(parts), encoding="utf-8")

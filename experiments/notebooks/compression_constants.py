@@ -78,6 +78,7 @@ steep = 0.5 ** (np.arange(d) * np.linspace(0.01, 0.1, 8)[:, None])
 random = jax.random.split(jax.random.key(0), keys)
 found = {}
 for name, compressor in shown.items():
+    assert compressor.facts.attained
     worst = compressor.facts.attained(d)[None]
     vectors = np.concatenate([worst, gauss, heavy, sparse, steep]).astype(np.float32)
     found[name] = average(lost(compressor, vectors, random))
@@ -112,7 +113,7 @@ for row, name in enumerate(shown):
 left.set_yticks(range(len(shown)), list(shown))
 left.set(xscale="log", xlabel=r"$E|C(x) - x|^2 / |x|^2$", ylim=(len(shown) - 0.4, -0.6))
 left.grid(axis="y", visible=False)
-left.set_title("bars: constants; dots: attained; diamonds: Gaussian; grey: others")
+left.set_title("bar: constant, dot: attained, diamond: Gaussian", fontsize=10)
 
 # %%
 sides = {"sign, mean magnitude": (6, -12), "TernGrad": (8, 0), "QSGD, 4 bits": (8, 0)}

@@ -106,7 +106,7 @@ for name in names:
 # %%
 left.set(xlabel="steps", ylabel="disagreement, of that at the start", ylim=(1e-5, 1.5))
 left.set_title(f"n = {n}: lines predicted, dots measured ± 1 s.e.")
-left.text(exact + 0.5, 6e-5, "one peer\nexponential", color=color, fontsize=9)
+left.text(exact + 0.5, 1.5e-5, "one peer\nexponential", color=color, fontsize=9)
 right.set(xlabel="workers n", ylabel="messages of a worker until 1/1000")
 right.set_title("circles: measured")
 right.set_xticks(sizes, [str(size) for size in sizes], minor=False)

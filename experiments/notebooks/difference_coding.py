@@ -70,7 +70,9 @@ q_star = 1 - q_star  # with gradients, at this learning rate
 
 # %% [markdown]
 # **Measurement.** Factors of second moments a step, of all elements of all workers
-# (`measure.mean_square_rate`: particles, drawn anew by energy).
+# (`measure.mean_square_rate`: particles, drawn anew by energy). Not of longer runs:
+# particles are scaled up as they shrink, and with them the rounding errors of the
+# replicas, which do not shrink.
 
 
 # %%
@@ -95,13 +97,13 @@ def make_choco(q, gamma_c):
 
 # %%
 kept = np.array(studies.choose((0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.95), (0.3, 0.8)))
-parts = np.array(studies.choose((0.25, 0.5, 0.9, 1.1, 1.3), (0.5, 1.3)))
-chosen = np.array(studies.choose((0.15, 0.25, 0.5, 0.75), (0.3,)))
+parts = np.array(studies.choose((0.5, 0.9, 1.1), (0.5, 1.3)))
+chosen = np.array(studies.choose((0.15, 0.5, 0.75), (0.3,)))
 limit = np.array([largest_consensus_step(q) for q in chosen])
 q_grid, part_grid = (a.ravel() for a in np.meshgrid(chosen, parts, indexing="ij"))
 step_grid = (limit[:, None] * parts).ravel()
 effort = {"n": n, "d": 16, "steps": 60, "burn": 30, "populations": 6}
-effort |= {"replicas": studies.choose(128, 32)}
+effort |= {"replicas": studies.choose(64, 32)}
 found_dcd = mean_square_rate(make_dcd, knobs=(kept,), **effort)
 found_choco = mean_square_rate(make_choco, knobs=(q_grid, step_grid), **effort)
 
@@ -125,7 +127,7 @@ left.axvline(q_star, color="0.4", linewidth=0.8)
 left.text(q_star + 0.01, 1.7, f"DCD diverges\nbelow q = {q_star:.3f}", fontsize=9)
 left.axhline(1, color="0.4", linewidth=0.8)
 left.set(xlabel="part q that is sent", ylabel="factor of second moments a step")
-left.set(ylim=(0.7, 2), title=f"ring of {n}: lines predicted, dots measured")
+left.set(ylim=(0.55, 2), title=f"ring of {n}: lines predicted, dots measured")
 largest = np.array([largest_consensus_step(q) for q in grid])
 given = spectrum.gap, spectrum.farthest
 bound = [rates.choco_consensus_step(*given, q).value for q in grid]
@@ -149,7 +151,7 @@ studies.save(figure, "difference_coding")
 Row = studies.Row
 rows = [Row("omega* of gossip on the ring", omega_star, lifted_omega, 0, 1e-6)]
 rows += [
-    Row(f"DCD, q = {q:g}: factor", dcd(q).rate, v, e)
+    Row(f"DCD, q = {q:g}: factor", dcd(q).rate, v, e, 3e-3)
     for q, v, e in zip(kept, *found_dcd, strict=True)
 ]
 rows += [
@@ -158,6 +160,7 @@ rows += [
         choco(q, gamma_c).rate,
         v,
         e,
+        3e-3,  # what is left of the start
     )
     for q, part, gamma_c, v, e in zip(
         q_grid, part_grid, step_grid, *found_choco, strict=True

@@ -10,8 +10,8 @@
 # optimum, or $\lambda$ times the numerator and of $\gamma h$ if it adapts first: an
 # error that grows with the heterogeneity $\zeta$, which no patience removes. Exact
 # diffusion (Yuan et al., 2019), D2 (Tang et al., 2018), gradient tracking (Di Lorenzo
-# and Scutari, 2016) and RelaySGD (Vogels et al., 2021) have a bias of 0. None of it
-# is free: what noise costs is in the right panel at $\zeta = 0$.
+# and Scutari, 2016) and RelaySGD (Vogels et al., 2021) have a bias of 0. What noise
+# leaves differs between them: in the right panel, at $\zeta = 0$.
 
 # %%
 import matplotlib.pyplot as plt

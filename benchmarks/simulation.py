@@ -115,7 +115,7 @@ def torch_loop(algorithm: str, n: int, steps: int) -> Callable[[], np.ndarray]:
     features, labels = map(torch.from_numpy, problem(n))
 
     def gradient(x, i):
-        x = x.requires_grad_()
+        x = x.detach().requires_grad_()
         margins = labels[i] * (features[i] @ x)
         loss = torch.nn.functional.softplus(-margins).mean()
         (loss + 0.5 * DECAY * (x * x).sum()).backward()

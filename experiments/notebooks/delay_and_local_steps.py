@@ -27,7 +27,7 @@ from bagua_jax.theory import modes, problems
 plt.style.use(studies.STYLE)
 delays = studies.choose((0, 1, 2, 5), (1, 2))
 betas = studies.choose((0.0, 0.5, 0.9), (0.9,))
-n, steps = 2, studies.choose(240, 120)
+n, steps = 2, 120
 
 # %% [markdown]
 # **Measuring a rate.** Every parameter of one run has a curvature of its own, so that

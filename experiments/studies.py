@@ -6,6 +6,7 @@ workers and few steps: the same claims, in seconds.
 """
 
 import argparse
+import io
 import os
 import re
 import runpy
@@ -212,7 +213,12 @@ def save(figure: Any, name: str) -> None:
         name: of the file, without its end.
     """
     if folder := os.environ.get("BAGUA_FIGURES"):
-        figure.savefig(Path(folder) / f"{name}.png", dpi=120)
+        from PIL import Image
+
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120)
+        few = Image.open(drawn).convert("RGB").quantize(128)  # colours: a small file
+        few.save(Path(folder) / f"{name}.png", optimize=True)
 
 
 # --- running --------------------------------------------------------------------------

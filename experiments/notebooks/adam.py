@@ -51,6 +51,7 @@ def adam_after(transform):
     return lambda: optax.chain(transform, optax.adam(gamma, b1, b2))
 
 
+# %%
 forgetful = {"plan": "all_gather", "error_feedback": "none", "unsafe": True}
 cases = {
     "Adam": adam_after(algorithms.gradient_allreduce(axis_name=AXIS)),
@@ -88,6 +89,7 @@ def measure(make):
     return x[:, :, 0].astype(np.float64) ** 2, nu[:, -1, 0].astype(np.float64)
 
 
+# %%
 measured = {name: measure(make) for name, make in cases.items()}
 rest = slice(warm + (steps - warm) // 2, None)
 at_rest = {name: average(x[:, rest].mean(1)) for name, (x, _) in measured.items()}
@@ -149,6 +151,7 @@ studies.save(figure, "adam")
 mean_floor = heavy_ball_floor(h, frozen).mean(1)
 excess = measured["frozen, not compressed"][0][:, rest].mean((1, 2)) / mean_floor
 ratio = floor["1-bit Adam"].value / floor["frozen, not compressed"].value
+# %%
 rows = [
     studies.Row("frozen: error at rest, of that predicted", 1.0, *average(excess)),
     studies.Row(

@@ -33,6 +33,7 @@ from bagua_jax import (
 )
 from bagua_jax.experiments import studies
 
+# %%
 plt.style.use(studies.STYLE)
 n = 8
 studies.need_devices(n)
@@ -52,6 +53,7 @@ images = jnp.asarray(pixels / pixels.max(), jnp.float32)
 classes, inputs = jnp.asarray(labels), pixels.shape[1]
 
 
+# %%
 def init(key):
     """Weights of the two layers; their number sets the traffic."""
     a, b = jax.random.split(key)
@@ -70,6 +72,8 @@ def loss(params, batch):
 sgd = optax.sgd(gamma, momentum=0.9)
 plain = optax.sgd(gamma)
 gossip = {"axis_name": AXIS, "topology": "one_peer_exponential"}
+
+# %%
 cases = {
     "all-reduce": lambda: optax.chain(
         algorithms.gradient_allreduce(axis_name=AXIS), sgd
@@ -84,6 +88,10 @@ cases = {
     f"local SGD, H = {H}": lambda: optax.chain(
         sgd, algorithms.local_sgd(axis_name=AXIS, local_steps=H)
     ),
+}
+
+# %%
+cases |= {
     "D-PSGD, one peer": lambda: optax.chain(sgd, algorithms.decentralized(**gossip)),
     f"DiLoCo, H = {H}": lambda: optax.chain(
         plain, algorithms.diloco(axis_name=AXIS, local_steps=H)
@@ -99,14 +107,8 @@ own = [name for name in cases if "SGD" in name or "DiLoCo" in name]  # parameter
 
 
 # %%
-def train(make, key):
-    """Loss of the mean model before every tenth step."""
-    params, tx = init(key), make()
-    judged = jnp.arange(0, len(labels), 5)
-
-    def block(carry, keys):
-        mean = diagnostics.averaged_params(carry[0], axis_name=AXIS)
-        return jax.lax.scan(step, carry, keys)[0], loss(mean, judged)
+def make_step(tx):
+    """A worker's step: a batch of its own, and the transform."""
 
     def step(carry, key):
         params, state = carry
@@ -115,10 +117,24 @@ def train(make, key):
         updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
         return (optax.apply_updates(params, updates), state), None
 
+    return step
+
+
+# %%
+def train(make, key):
+    """Loss of the mean model before every tenth step."""
+    params, tx = init(key), make()
+    judged = jnp.arange(0, len(labels), 5)
+
+    def block(carry, keys):
+        mean = diagnostics.averaged_params(carry[0], axis_name=AXIS)
+        return jax.lax.scan(make_step(tx), carry, keys)[0], loss(mean, judged)
+
     keys = jax.random.split(key, steps).reshape(-1, 10)
     return jax.lax.scan(block, (params, tx.init(params)), keys)[1]
 
 
+# %%
 paths = {}
 for name, make in cases.items():
     workers = jax.vmap(
@@ -152,6 +168,7 @@ def count(name):
     return wire.count(step.lower(shapes, grads).compile())
 
 
+# %%
 counts = {name: count(name) for name in cases}
 
 # %% [markdown]

@@ -28,6 +28,7 @@ from bagua_jax.experiments import studies
 from bagua_jax.experiments.measure import average
 from bagua_jax.theory.compression import constants
 
+# %%
 plt.style.use(studies.STYLE)
 d, keys = 256, studies.choose(2048, 128)
 shown = {
@@ -142,6 +143,7 @@ rows = [
     )
     for name, (value, error) in found.items()
 ]
+# %%
 gaussian = found["sign, mean magnitude"].value[1:9].mean()
 rows += [
     Row("sign, mean magnitude: Gaussian vectors", 1 - 2 / np.pi, gaussian, 0, 0.03),

@@ -150,6 +150,7 @@ studies.save(figure, "difference_coding")
 # %%
 Row = studies.Row
 rows = [Row("omega* of gossip on the ring", omega_star, lifted_omega, 0, 1e-6)]
+# %%
 rows += [
     Row(f"DCD, q = {q:g}: factor", dcd(q).rate, v, e, 3e-3)
     for q, v, e in zip(kept, *found_dcd, strict=True)

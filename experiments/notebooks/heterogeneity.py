@@ -21,7 +21,7 @@ import optax
 from bagua_jax import algorithms, theory, topologies
 from bagua_jax.experiments import studies
 from bagua_jax.experiments.measure import AXIS, average, simulate
-from bagua_jax.theory.moments import Lifted
+from bagua_jax.theory.moments import lift_mixture
 
 plt.style.use(studies.STYLE)
 n, steps, replicas = studies.choose((16, 500, 24), (8, 160, 8))
@@ -83,10 +83,7 @@ def relay_system(tree):
 def relay_floor(tree):
     """Mean squared error of RelaySGD at rest, with noise of variance 1."""
     matrix, enter = relay_system(tree)
-    none = np.zeros((0, 0))
-    system = Lifted(
-        matrix, none.reshape(len(matrix), 0), none.reshape(0, len(matrix)), none
-    )
+    system = lift_mixture([matrix], [1.0])  # nothing is random but the noise
     covariance = system.steady(gamma**2 * enter @ enter.T)
     return d * np.trace(covariance[:n, :n]) / n
 
@@ -130,6 +127,7 @@ def factory(name):
     return lambda: optax.chain(optax.sgd(gamma), transform)
 
 
+# %%
 def measure(name):
     """Give the path without noise, and the errors at rest as estimates."""
     targets = np.repeat([p.target for p in problems], replicas, axis=0)

@@ -252,6 +252,17 @@ def _opening(name: str) -> str:
     return re.sub(r"^# ", "## ", body)
 
 
+def _image(name: str) -> str:
+    """Show its figure."""
+    return f"![{name}](figures/{name}.png)"
+
+
+def _section(name: str, table: str, seconds: float) -> str:
+    """Write its part of the page."""
+    link = f"[{name}.py](../experiments/notebooks/{name}.py), {seconds:.0f} s"
+    return "\n\n".join((_opening(name), _image(name), table, link)) + "\n"
+
+
 _PAGE = """\
 # Studies: predictions beside measurements
 
@@ -290,19 +301,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     need_devices(8)
     page = given.docs / "studies.md"
     old = page.read_text(encoding="utf-8").split("\n## ") if page.exists() else []
-    parts = [_PAGE.format(machine=_machine())]
-    for name in ORDER:
-        image = f"![{name}](figures/{name}.png)"
-        if given.names and name not in given.names:
-            parts += ["## " + part for part in old if image in part]
-            continue
+    sections = {
+        name: "## " + part for part in old for name in ORDER if _image(name) in part
+    }
+    for name in given.names or ORDER:
         start = time.process_time()
         table = compare(run(name)["rows"])
         seconds = time.process_time() - start
         print(f"{name}: {seconds:.0f} s of processor time\n", flush=True)
-        link = f"[{name}.py](../experiments/notebooks/{name}.py), {seconds:.0f} s"
-        parts.append("\n\n".join((_opening(name), image, table, link)) + "\n")
-    page.write_text("\n".join(parts), encoding="utf-8")
+        sections[name] = _section(name, table, seconds)
+        parts = [sections[name] for name in ORDER if name in sections]
+        page.write_text("\n".join([_PAGE.format(machine=_machine()), *parts]), "utf-8")
     return 0
 
 

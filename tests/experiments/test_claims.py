@@ -151,7 +151,8 @@ def test_claims_are_a_list_of_lines(lab, value):
     assert status == 2 and "claims: must be a list of lines" in err
 
 
-def test_a_claim_that_does_not_hold_is_status_1(lab):
+def test_a_claim_that_does_not_hold_is_status_1(lab, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # a line for each claim
     right = (
         "gradient_allreduce.eval/excess_loss < gradient_allreduce.eval/excess_loss@0"
     )

@@ -546,7 +546,7 @@ def decentralized(
         momentum: beta of the local SGD.
 
     Example:
-        >>> decentralized([1.0, 0.5], 1.0, 0.25).poles[:, 0].tolist()  # lambda - a
+        >>> decentralized([1.0, 0.5], 1.0, 0.25).poles[:, 0].real.tolist()  # lambda - a
         [0.75, 0.25]
     """
 

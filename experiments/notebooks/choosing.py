@@ -98,7 +98,8 @@ cases |= {
     ),
 }
 if studies.FAST:
-    cases = {name: cases[name] for name in list(cases)[::3]}
+    few = ("all-reduce", f"local SGD, H = {H}", "D-PSGD, one peer")
+    cases = {name: cases[name] for name in few}
 own = [name for name in cases if "SGD" in name or "DiLoCo" in name]  # parameters
 
 # %% [markdown]

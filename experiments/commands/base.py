@@ -1,0 +1,68 @@
+"""What subcommands share: a config with its flags, a console, host devices."""
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from bagua_jax.experiments.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "FAILED",
+    "USAGE",
+    "OnConfig",
+    "complain",
+    "console",
+    "prepare_host_devices",
+]
+
+USAGE = 2
+FAILED = 1
+_COUNTED = 256
+
+
+@dataclass(frozen=True)
+class OnConfig:
+    """A command on a config, whose every field is a flag after it."""
+
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+    """A YAML file, or the name of a shipped config. Flags come after it."""
+    experiment: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
+
+
+def complain(message: str, status: int) -> int:
+    """Say on stderr what is wrong, and give the exit status."""
+    print(f"bagua-jax: {message}", file=sys.stderr)
+    return status
+
+
+def console() -> "Console":
+    """Make the console that commands print to."""
+    from rich.console import Console
+
+    found = Console()
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found = Console(width=120)  # a table in a log file need not be narrow
+    return found
+
+
+def prepare_host_devices(config: ExperimentConfig) -> None:
+    """Have a host device for each worker, before jax starts its first backend.
+
+    A simulation needs them too, to compile what its step would send; one of more
+    workers than ``_COUNTED`` goes without, because that takes minutes.
+    """
+    if config.where == "devices":
+        # Fewer threads than this, and the collectives of jax 0.10 can wait for ever.
+        os.environ.setdefault("NPROC", str(2 * config.workers))
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # jax has started: there are what there are
+        if config.where == "devices" or config.workers <= _COUNTED:
+            jax.config.update("jax_num_cpu_devices", config.workers)

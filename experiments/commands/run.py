@@ -1,0 +1,82 @@
+"""``bagua-jax run``: train the algorithms of a config and compare them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagua_jax.experiments import claims
+from bagua_jax.experiments.commands import base
+from bagua_jax.experiments.config import ConfigError, ExperimentConfig
+from bagua_jax.experiments.folders import RunError, blame, require_writable
+
+__all__ = ["Run", "main"]
+
+
+@dataclass(frozen=True)
+class Run(base.OnConfig):
+    """Train the algorithms of a config and compare them.
+
+    Each algorithm gets a run folder, runs/EXPERIMENT/LABEL-HASH-sSEED. A finished run
+    is not repeated, and an interrupted one continues where it stopped. The flags'
+    defaults are the config's: `bagua-jax run CONFIG --help` shows them, and without a
+    CONFIG those of demo.
+    """
+
+    overwrite: bool = False
+    """Throw away the folders of these runs and start afresh."""
+
+
+def main(command: Run) -> int:
+    """Do the runs, report on them, and judge the config's claims."""
+    config = command.experiment
+    base.prepare_host_devices(config)
+
+    from bagua_jax.experiments import catalog, report, tasks, train
+    from bagua_jax.experiments.data import Shards
+
+    _require_devices(config)
+    runs = catalog.resolve(config)
+    task = tasks.load(config.task)
+    try:
+        data = task.data(config.seed, config.workers)
+    except Exception as error:
+        raise RunError(f"the task's data failed: {blame(error)}.") from error
+    Shards.deal(data, config.workers, config.sharding, config.batch_size, config.seed)
+
+    labels = {run.algorithms[0].label for run in runs}
+    stated = [claims.parse(text) for text in config.claims]
+    stated = [claim for claim in stated if claim.labels <= labels]
+    for run in runs if stated else ():
+        claims.check_metrics(stated, run, train.metric_names(run, task, data))
+
+    require_writable(Path(config.output) / config.experiment)
+
+    console = base.console()
+    console.print(report.headline(config, task.title), highlight=False)
+    results, failures = [], []
+    for run in runs:
+        try:
+            summary = train.run(run, task, data, console, overwrite=command.overwrite)
+            results.append((run, summary))
+        except RunError as error:
+            failures.append(f"{run.algorithms[0].label}: {error}")
+            base.complain(failures[-1], base.FAILED)
+    verdicts = report.judge(stated, results)
+    if results:
+        report.write(config, task.title, results, failures, verdicts, console)
+    left_out = len(config.claims) - len(stated)
+    if left_out:
+        console.print(f"{left_out} claims about runs left out are not judged.")
+    failed = failures or not all(v.holds for v in verdicts)
+    return base.FAILED if failed else 0
+
+
+def _require_devices(config: ExperimentConfig) -> None:
+    import jax
+
+    found = jax.devices()
+    if config.where == "devices" and len(found) < config.workers:
+        raise ConfigError(
+            f"workers: {config.workers} workers need {config.workers} devices, and "
+            f"there are {len(found)} ({found[0].device_kind}). Use fewer workers, or "
+            "--where simulate."
+        )

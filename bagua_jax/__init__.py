@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bagua_jax import (
+        asynchrony,
         buckets,
         compressors,
         diagnostics,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Workers",
     "accumulate",
+    "asynchrony",
     "buckets",
     "compressors",
     "diagnostics",

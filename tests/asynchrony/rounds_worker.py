@@ -1,0 +1,40 @@
+"""One process of the test of rounds: trains, mixes, and leaves model and events."""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+def main(worker: int, n: int, port: int, folder: Path) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", n, worker, initialization_timeout=60
+    )
+
+    from asynchrony.training import ALGORITHMS, Trainer, initial
+
+    from bagua_jax import Workers
+    from bagua_jax.asynchrony import Replica, Rounds
+
+    def slowly(params):
+        time.sleep(0.002 + 0.004 * worker)
+        return train(params)
+
+    for name in ("full", "low", "ring"):
+        replica, train = Replica(initial()), Trainer(worker)
+        with (
+            open(folder / f"{name}-{worker}.jsonl", "w") as log,
+            Rounds(replica, ALGORITHMS[name](), Workers.devices(n), log=log),
+        ):
+            for _ in range(40 - 12 * worker):  # they finish at different times
+                replica.step(slowly)
+        np.savez(folder / f"{name}-{worker}.npz", steps=train.steps, **replica.params)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]))

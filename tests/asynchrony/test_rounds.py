@@ -1,0 +1,119 @@
+"""Rounds over two real processes: what they promise, and their replay in this one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from asynchrony.training import ALGORITHMS, Trainer, initial
+
+from bagua_jax import Workers
+from bagua_jax.asynchrony import Replica, make_exchange, read, replay, staleness
+
+N = 2
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two processes that train with every algorithm; the folder they leave."""
+    folder = tmp_path_factory.mktemp("rounds")
+    port = free_port()
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "asynchrony.rounds_worker"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(worker), str(N), str(port), str(folder)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for worker in range(N)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # jax.distributed traps SIGTERM
+            process.wait()
+    assert [p.returncode for p in processes] == [0] * N, "\n".join(said)
+    return folder
+
+
+def left_behind(run: Path, name: str):
+    events = {w: read(run / f"{name}-{w}.jsonl") for w in range(N)}
+    arrays = [dict(np.load(run / f"{name}-{w}.npz")) for w in range(N)]
+    steps = {w: int(own.pop("steps")) for w, own in enumerate(arrays)}
+    return events, arrays, steps
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_round_was_everybodys_and_the_last_one_found_all_finished(run, name):
+    events, _, steps = left_behind(run, name)
+    assert steps == {0: 40, 1: 28}
+    assert len(events[0]) == len(events[1]) > 3
+    for worker, own in events.items():
+        assert [e.exchange for e in own] == list(range(len(own)))
+        assert all(e.snapshot <= e.apply for e in own)
+        assert own[-1].snapshot == own[-1].apply == steps[worker]
+        assert sum(staleness(own).values()) == len(own)
+    assert any(event.in_step for own in events.values() for event in own)
+
+
+def test_with_an_exact_mean_all_end_with_the_same_model(run):
+    _, (first, second), _ = left_behind(run, "full")
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=0, atol=1e-6)
+    assert not np.allclose(first["in"], initial()["in"], atol=0.01)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_replay_in_one_process_ends_bit_for_bit_where_the_run_did(run, name):
+    events, arrays, steps = left_behind(run, name)
+    replicas = {w: Replica(initial()) for w in range(N)}
+    trainers = [Trainer(w) for w in range(N)]
+    exchange = make_exchange(ALGORITHMS[name](), Workers.simulate(N), initial())
+    carry = exchange.init(jax.tree.map(lambda x: jnp.stack([x] * N), initial()))
+
+    def mix(workers, snapshots):
+        nonlocal carry
+        assert workers == (0, 1)
+        models = jax.tree.map(lambda *x: jnp.stack(x), *snapshots)
+        carry, corrections, _ = exchange.step(carry, models, jnp.zeros(N))
+        return [jax.tree.map(lambda x, i=i: x[i], corrections) for i in range(N)]
+
+    replay(events, replicas, lambda w, x: trainers[w](x)[0], mix, steps)
+    for worker, expected in enumerate(arrays):
+        found = replicas[worker].params
+        assert replicas[worker].steps == steps[worker]
+        for leaf, value in expected.items():
+            np.testing.assert_array_equal(
+                found[leaf], value, err_msg=f"{worker} {leaf}"
+            )
+
+
+def test_a_log_with_a_hole_is_refused(run):
+    events, _, steps = left_behind(run, "full")
+    events[1] = events[1][:1] + events[1][2:]
+    replicas = {w: Replica(initial()) for w in range(N)}
+    no_change = jax.tree.map(jnp.zeros_like, initial())
+    with pytest.raises(ValueError, match=r"exchange 1 .* not all .* logged"):
+        replay(
+            events,
+            replicas,
+            lambda w, x: x,
+            lambda workers, snapshots: [no_change] * N,
+            steps,
+        )

@@ -210,7 +210,7 @@ def count(
         totals = [(p.bytes_per_worker, p.messages_per_worker) for p in parts]
         shares = given_shares.get(op.path, given_shares.get(op.name))
         if shares is None:
-            shares = _scoped_shares(op.path)
+            shares = scoped_shares(op.path)
         if shares is None and np.allclose(totals, totals[0], rtol=1e-12):
             shares = [1 / len(parts)] * len(parts)
         if shares is None:
@@ -251,11 +251,11 @@ def _weighted(collectives: Sequence[Collective], factor: float) -> list[Collecti
     return [c._replace(weight=c.weight * factor) for c in collectives]
 
 
-def _scoped_shares(path: str) -> list[float] | None:
+def scoped_shares(path: str) -> list[float] | None:
     """Read the shares from the scope that stands directly around a conditional.
 
-    >>> _scoped_shares("jit(f)/branch_shares(0.9,0.1)/cond/branch_1_fun/cond")  # outer
-    >>> _scoped_shares("jit(f)/vmap(branch_shares(0.9,0.1))/cond")
+    >>> scoped_shares("jit(f)/branch_shares(0.9,0.1)/cond/branch_1_fun/cond")  # outer
+    >>> scoped_shares("jit(f)/vmap(branch_shares(0.9,0.1))/cond")
     [0.9, 0.1]
     """
     scope = re.search(r"branch_shares\(([^()]*)\)\)*/[^/]*$", path)

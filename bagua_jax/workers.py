@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bagua_jax.primitives import AxisName, varying_axes, worker_local
@@ -59,12 +59,12 @@ class Workers:
     (``P("workers")``), and a leaf that is equal on all is held once (``P()``). Which is
     which is read off JAX's types.
 
-    Make one with :meth:`simulate` or :meth:`devices`.
+    Make one with :meth:`simulate`, :meth:`devices` or :meth:`abstract`.
 
     Attributes:
         shape: workers along each axis; ``(n,)``, or ``(nodes, devices per node)``.
         axis_name: what algorithms are given: a name, or ``("node", "local")``.
-        mesh: the devices; ``None`` in simulation.
+        mesh: the devices; abstract where there are none, ``None`` in simulation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -79,7 +79,7 @@ class Workers:
 
     shape: tuple[int, ...]
     axis_name: AxisName
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
 
     @classmethod
     def simulate(
@@ -119,6 +119,23 @@ class Workers:
         shape, axis_name = _shape_and_axis("Workers.devices", n, axis_name)
         names = (axis_name,) if isinstance(axis_name, str) else axis_name
         return cls(shape, axis_name, make_mesh(shape, names, devices))
+
+    @classmethod
+    def abstract(
+        cls, n: int | tuple[int, int], axis_name: AxisName | None = None
+    ) -> "Workers":
+        """Name workers that are nowhere: their programs can be lowered, not run.
+
+        Args:
+            n: number of workers, or (nodes, devices per node).
+            axis_name: ``"workers"``, or ``("node", "local")``, where ``None``.
+
+        Raises:
+            ValueError: if n is not positive, or does not fit the axis names.
+        """
+        shape, axis_name = _shape_and_axis("Workers.abstract", n, axis_name)
+        names = (axis_name,) if isinstance(axis_name, str) else axis_name
+        return cls(shape, axis_name, _abstract_mesh(shape, names))
 
     @property
     def num_workers(self) -> int:
@@ -183,7 +200,8 @@ class Workers:
         program.__name__ = getattr(fn, "__name__", "program")
         program.__doc__ = fn.__doc__
         compiled = jax.jit(program, **jit)
-        if self.mesh is None or self.mesh.devices.flat[0].platform != "cpu":
+        on = self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else ""
+        if on != "cpu":
             return compiled
 
         def blocking(*args):
@@ -193,6 +211,36 @@ class Workers:
         blocking.__name__ = program.__name__
         blocking.__doc__ = fn.__doc__
         return blocking
+
+    def placed(self, args: tuple, in_specs: Any = _SAME) -> tuple:
+        """Describe a program's arguments with their shardings, to lower it ahead.
+
+        Args:
+            args: arrays or ``jax.ShapeDtypeStruct``, as :meth:`spmd`'s program takes.
+            in_specs: as in :meth:`spmd`.
+
+        Returns:
+            ``args`` with a ``jax.ShapeDtypeStruct`` at each leaf.
+
+        Raises:
+            ValueError: specs that do not fit, or simulated workers, which have no mesh.
+        """
+        if self.mesh is None:
+            raise ValueError(
+                "Workers.placed: the workers must have a mesh; got simulated ones. Use "
+                "Workers.devices or Workers.abstract."
+            )
+        specs = self._flat_specs(args, in_specs, "Workers.placed")
+        leaves, structure = jax.tree.flatten(args)
+        structs = [
+            jax.ShapeDtypeStruct(
+                np.shape(leaf),
+                jax.numpy.result_type(leaf),
+                sharding=NamedSharding(self.mesh, spec),
+            )
+            for leaf, spec in zip(leaves, specs, strict=True)
+        ]
+        return jax.tree.unflatten(structure, structs)
 
     # --- how it is done ---
 
@@ -249,9 +297,7 @@ class Workers:
             )
             return jax.tree.map(lambda x: worker_local(x, self.axis_name)[None], out)
 
-        mesh = AbstractMesh(
-            self.shape, self.axes, axis_types=(AxisType.Auto,) * len(self.shape)
-        )
+        mesh = _abstract_mesh(self.shape, self.axes)
         body = self._body(fn, args, flat_specs, lambda out: finish(_arrays(out)))
         mapped = jax.shard_map(
             body, mesh=mesh, in_specs=tuple(flat_specs), out_specs=self.spec
@@ -312,6 +358,10 @@ class Workers:
             mapped(*leaves),
             out_specs,
         )
+
+
+def _abstract_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> AbstractMesh:
+    return AbstractMesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _shape_and_axis(caller, n, axis_name) -> tuple[tuple[int, ...], AxisName]:

@@ -1,0 +1,56 @@
+"""Programs compiled for clusters that are not here, and what they say of a step.
+
+:func:`compile` builds a per-worker function for a :class:`Cluster` that is described,
+not attached: 128 H100s, or a TPU slice, from a laptop. The result holds the optimized
+program, so :func:`bagua_jax.wire.count` counts what it would send; the memory on a
+device; and for GPUs the schedule that XLA predicts, which :func:`timeline` reads.
+
+All times are predictions of a cost model that nobody has validated: they are repeatable
+and compare exchanges on one cluster; never compare clusters by them.
+
+Compiling needs the extra ``bagua-jax[plan]``, and no GPU or TPU.
+"""
+
+from bagua_jax.planning.clusters import GPUS, TPUS, Cluster
+from bagua_jax.planning.compiling import (
+    Compiled,
+    CompileError,
+    Constants,
+    Memory,
+    compile,
+    compile_lowered,
+    lower,
+)
+from bagua_jax.planning.schedule import (
+    Computation,
+    Instruction,
+    Schedule,
+    read_schedule,
+)
+from bagua_jax.planning.timeline import (
+    Covered,
+    ScheduledCollective,
+    Timeline,
+    timeline,
+)
+
+__all__ = [
+    "GPUS",
+    "TPUS",
+    "Cluster",
+    "CompileError",
+    "Compiled",
+    "Computation",
+    "Constants",
+    "Covered",
+    "Instruction",
+    "Memory",
+    "Schedule",
+    "ScheduledCollective",
+    "Timeline",
+    "compile",
+    "compile_lowered",
+    "lower",
+    "read_schedule",
+    "timeline",
+]

@@ -23,6 +23,7 @@ from bagua_jax.experiments.data import Data, Shards
 from bagua_jax.experiments.folders import RunError, blame
 from bagua_jax.experiments.progress import progress
 from bagua_jax.experiments.tasks import Task
+from bagua_jax.primitives import AxisName
 
 __all__ = [
     "Diverged",
@@ -30,6 +31,7 @@ __all__ = [
     "TrainState",
     "build",
     "evaluate",
+    "functions",
     "metric_names",
     "run",
     "train",
@@ -75,6 +77,44 @@ class Program(NamedTuple):
     stacked: bool
 
 
+def functions(
+    config: ExperimentConfig, task: Task, axis_name: AxisName
+) -> tuple[Callable[..., TrainState], Callable[..., tuple[TrainState, jax.Array]]]:
+    """Write what a worker does, once, to run or to be compiled anywhere.
+
+    Args:
+        config: of one run, resolved.
+        task: what is trained.
+        axis_name: of the workers.
+
+    Returns:
+        ``params -> state`` and ``(state, batch) -> state, loss``, per-worker functions
+        for ``Workers.specs`` and ``Workers.spmd``; the batch has leaves [B, ...].
+    """
+    tx = catalog.transform(config, axis_name)
+    stacked = REGISTRY[config.algorithms[0].name].own_params
+
+    def init(params):
+        if stacked:
+            params = worker_local(params, axis_name)
+        return TrainState(params, tx.init(params))
+
+    def step(state, batch):
+        params = worker_local(state.params, axis_name)
+        value_and_grad = jax.value_and_grad(task.loss)
+        loss, grads = value_and_grad(params, batch)
+        updates, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            gradient_fn=lambda params: value_and_grad(params, batch)[1],
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state), loss
+
+    return init, step
+
+
 def build(config: ExperimentConfig, task: Task, batch: Any) -> Program:
     """Compile a run.
 
@@ -93,27 +133,7 @@ def build(config: ExperimentConfig, task: Task, batch: Any) -> Program:
     initial = jax.jit(task.init)(jax.random.key(config.seed))
 
     def compile_on(workers: Workers):
-        axis = workers.axis_name
-        tx = catalog.transform(config, axis)
-
-        def init(params):
-            if stacked:
-                params = worker_local(params, axis)
-            return TrainState(params, tx.init(params))
-
-        def step(state, batch):
-            params = worker_local(state.params, axis)
-            value_and_grad = jax.value_and_grad(task.loss)
-            loss, grads = value_and_grad(params, batch)
-            updates, opt_state = tx.update(
-                grads,
-                state.opt_state,
-                state.params,
-                gradient_fn=lambda params: value_and_grad(params, batch)[1],
-            )
-            params = optax.apply_updates(state.params, updates)
-            return TrainState(params, opt_state), loss
-
+        init, step = functions(config, task, workers.axis_name)
         specs = workers.specs(init, initial)
         state = workers.spmd(init)(initial)
         mapped = workers.spmd(step, in_specs=(specs, workers.spec))

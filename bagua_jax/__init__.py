@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         wire,
     )
     from bagua_jax.primitives import worker_local
+    from bagua_jax.sharding import sharded
     from bagua_jax.workers import Workers
     from bagua_jax.wrappers import accumulate, varying
 
@@ -36,6 +37,7 @@ __all__ = [
     "network",
     "primitives",
     "schedules",
+    "sharded",
     "theory",
     "topologies",
     "varying",
@@ -46,6 +48,7 @@ __all__ = [
 _HOME = {
     "Workers": "workers",
     "accumulate": "wrappers",
+    "sharded": "sharding",
     "varying": "wrappers",
     "worker_local": "primitives",
 }

@@ -1,7 +1,7 @@
 """Where workers live: simulated under vmap, or on devices under shard_map."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,9 @@ def make_mesh(
     needed = math.prod(shape)
     if len(devices) < needed:
         kind = f" ({devices[0].platform})" if devices else ""
+        wanted = " x ".join(map("{} {}".format, shape, axis_names))
         raise ValueError(
-            f"Workers.devices: {needed} workers need {needed} devices, and there are "
+            f"Workers.devices: {wanted} need {needed} devices, and there are "
             f"{len(devices)}{kind}. On a CPU call "
             f'jax.config.update("jax_num_cpu_devices", {needed}) before the first use '
             "of JAX, or use Workers.simulate."
@@ -64,7 +65,9 @@ class Workers:
     Attributes:
         shape: workers along each axis; ``(n,)``, or ``(nodes, devices per node)``.
         axis_name: what algorithms are given: a name, or ``("node", "local")``.
-        mesh: the devices; abstract where there are none, ``None`` in simulation.
+        mesh: the devices; abstract where there are none, ``None`` in simulation. May
+            have further axes, which are left to GSPMD: then each worker is a group of
+            devices.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -102,23 +105,35 @@ class Workers:
         n: int | tuple[int, int] | None = None,
         axis_name: AxisName | None = None,
         devices: Any = None,
+        shards: Mapping[str, int] | None = None,
     ) -> "Workers":
-        """Put one worker on each device, under ``jax.shard_map``.
+        """Put one worker on each device, or group of devices, under ``jax.shard_map``.
 
         Args:
             n: number of workers, or (nodes, devices per node); every device of every
                 process where ``None``.
             axis_name: ``"workers"``, or ``("node", "local")``, where ``None``.
             devices: which devices; ``jax.devices()`` where ``None``.
+            shards: further axes of the mesh and their sizes, such as ``{"model": 2}``:
+                a worker is a group of so many devices, over which GSPMD shards its
+                arrays as they were placed (see :func:`bagua_jax.sharded`).
 
         Raises:
-            ValueError: if there are fewer devices than workers.
+            ValueError: if there are fewer devices than needed, or axes of one name.
         """
+        shards = dict(shards or {})
         if n is None:
             n = len(jax.devices() if devices is None else devices)
+            n //= math.prod(shards.values())
         shape, axis_name = _shape_and_axis("Workers.devices", n, axis_name)
         names = (axis_name,) if isinstance(axis_name, str) else axis_name
-        return cls(shape, axis_name, make_mesh(shape, names, devices))
+        if set(names) & set(shards) or not all(size >= 1 for size in shards.values()):
+            raise ValueError(
+                "Workers.devices: shards must be positive sizes of axes other than the "
+                f"workers' {names}; got {shards}."
+            )
+        mesh = make_mesh((*shape, *shards.values()), (*names, *shards), devices)
+        return cls(shape, axis_name, mesh)
 
     @classmethod
     def abstract(
@@ -297,10 +312,16 @@ class Workers:
             )
             return jax.tree.map(lambda x: worker_local(x, self.axis_name)[None], out)
 
-        mesh = _abstract_mesh(self.shape, self.axes)
+        shape = dict(zip(self.axes, self.shape, strict=True))
+        shape |= self.mesh.shape if self.mesh is not None else {}
+        mesh = _abstract_mesh(tuple(shape.values()), tuple(shape))
         body = self._body(fn, args, flat_specs, lambda out: finish(_arrays(out)))
         mapped = jax.shard_map(
-            body, mesh=mesh, in_specs=tuple(flat_specs), out_specs=self.spec
+            body,
+            mesh=mesh,
+            in_specs=tuple(flat_specs),
+            out_specs=self.spec,
+            axis_names=set(self.axes),
         )
         jax.eval_shape(mapped, *map(_abstract, jax.tree.leaves(args)))
         return found["specs"]
@@ -317,7 +338,11 @@ class Workers:
 
         body = self._body(fn, args, flat_specs, finish)
         mapped = jax.shard_map(
-            body, mesh=self.mesh, in_specs=tuple(flat_specs), out_specs=out_specs
+            body,
+            mesh=self.mesh,
+            in_specs=tuple(flat_specs),
+            out_specs=out_specs,
+            axis_names=set(self.axes),
         )
         return mapped(*jax.tree.leaves(args))
 

@@ -1,9 +1,7 @@
 """Predictions against closed forms, simulations, brute force and wire counts."""
 
-import doctest
 import itertools
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -590,15 +588,3 @@ EXACT_ROWS = [(0, 1e-3), (1e6, 2e-3), (2e6, 3e-3)]
 def test_refusals(call, text):
     with pytest.raises(ValueError, match=text):
         call()
-
-
-# --- the page -------------------------------------------------------------------------
-
-
-def test_the_page_s_examples_run():
-    page = (ROOT / "docs" / "network.md").read_text(encoding="utf-8")
-    text = re.sub(r"^```.*$", "", page, flags=re.M)  # a fence is no output
-    example = doctest.DocTestParser().get_doctest(text, {}, "network.md", None, 0)
-    runner = doctest.DocTestRunner()
-    runner.run(example)
-    assert runner.summarize().failed == 0 and len(example.examples) > 5

@@ -440,7 +440,8 @@ def test_too_few_devices_are_refused_with_the_cure(n):
     with pytest.raises(ValueError) as error:
         Workers.devices(n)
     text = str(error.value)
-    assert text.startswith(f"Workers.devices: {needed} workers need {needed} devices")
+    wanted = f"{n} workers" if np.ndim(n) == 0 else f"{n[0]} node x {n[1]} local"
+    assert text.startswith(f"Workers.devices: {wanted} need {needed} devices")
     assert "there are 8 (cpu)" in text and "Workers.simulate" in text
     assert f'jax.config.update("jax_num_cpu_devices", {needed})' in text
 

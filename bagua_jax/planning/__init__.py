@@ -4,6 +4,7 @@
 not attached: 128 H100s, or a TPU slice, from a laptop. The result holds the optimized
 program, so :func:`bagua_jax.wire.count` counts what it would send; the memory on a
 device; and for GPUs the schedule that XLA predicts, which :func:`timeline` reads.
+:func:`plan` puts all of it in one report, beside a model of the network.
 
 All times are predictions of a cost model that nobody has validated: they are repeatable
 and compare exchanges on one cluster; never compare clusters by them.
@@ -21,6 +22,7 @@ from bagua_jax.planning.compiling import (
     compile_lowered,
     lower,
 )
+from bagua_jax.planning.plans import Plan, plan, plan_lowered
 from bagua_jax.planning.schedule import (
     Computation,
     Instruction,
@@ -45,12 +47,15 @@ __all__ = [
     "Covered",
     "Instruction",
     "Memory",
+    "Plan",
     "Schedule",
     "ScheduledCollective",
     "Timeline",
     "compile",
     "compile_lowered",
     "lower",
+    "plan",
+    "plan_lowered",
     "read_schedule",
     "timeline",
 ]

@@ -260,7 +260,7 @@ def compile_lowered(
     )
 
 
-_FORMAT = 2  # of what is kept; another number makes old entries unknown
+_FORMAT = 3  # of what is kept; another number makes old entries unknown
 _FILES = re.compile(r'"(?:[^"\\]|\\.)*":\d+:\d+(?: to (?:\d+)?:\d+)?')  # in a location
 
 

@@ -94,23 +94,28 @@ def read_schedule(text: str) -> Schedule:
             f" got {text[:80]!r}."
         )
     by_id = {i["id"]: i for i in instructions}
-    kinds = {}  # what a computation that wraps one collective does
-    for i in instructions:
-        if i["opcode"].startswith(_WRAPPED):
-            kinds[i["computation"]] = i["opcode"]
+    wrapped = {  # the collective of a computation that does nothing else
+        i["computation"]: i for i in instructions if i["opcode"].startswith(_WRAPPED)
+    }
 
     def opcode(i: dict[str, Any]) -> str:
         if i["opcode"] == "async-start":
-            return f"{kinds.get(_one(i['calls']), 'async')}-start"
+            inner = wrapped.get(i["calls"][0], {"opcode": "async"})
+            return f"{inner['opcode']}-start"
         if i["opcode"] in ("async-update", "async-done"):
             start = by_id[i["operands"][0]]
             return opcode(start).replace("-start", i["opcode"].removeprefix("async"))
         return i["opcode"]
 
+    def cost(i: dict[str, Any]) -> float:
+        if i["opcode"] == "async-start":
+            i = wrapped.get(i["calls"][0], i)
+        found = re.search(_COST, i["backend"])
+        return float(found[1]) if found else -1.0
+
     def row(i: dict[str, Any], start: float, end: float) -> Instruction:
         done = i["opcode"].endswith("-done")
         trips = re.search(r'known_trip_count\\":\{\\"n\\":\\"(\d+)', i["backend"])
-        cost = re.search(_COST, i["backend"])
         branches = i["opcode"] in ("while", "conditional", "call")
         return Instruction(
             name=i["name"],
@@ -118,7 +123,7 @@ def read_schedule(text: str) -> Schedule:
             path=i["path"],
             start=start,
             end=end,
-            cost=float(cost[1]) if cost else -1.0,
+            cost=cost(i),
             operands=tuple(by_id[o]["name"] for o in i["operands"]) if done else (),
             calls=tuple(names[c] for c in i["calls"]) if branches else (),
             trips=int(trips[1]) if trips else None,
@@ -144,10 +149,6 @@ def read_schedule(text: str) -> Schedule:
 
 _WRAPPED = ("all-", "collective-", "ragged-all-", "reduce-scatter")
 _COST = r'exec_time_us\\":([\d.e+-]+)[^{}]*\\"name\\":\\"sol\\"'
-
-
-def _one(ids: list[int]) -> int:
-    return ids[0] if ids else -1
 
 
 def _fields(text: str) -> tuple[list[dict[str, Any]], dict[int, str], str, dict]:

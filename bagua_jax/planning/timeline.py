@@ -61,6 +61,8 @@ class Timeline(NamedTuple):
         end: the length of the step.
         busy: what instructions take of it, collectives' starts and ends included.
         exposed: what of it waits for collectives, each moment once.
+        library_calls: calls of cuDNN and the like, which the model charges a flat 10 us
+            whatever they do.
         collectives: in order; those of a loop or branch once, with their weight.
         constants: of the model of links; ``None`` for XLA's own.
         cluster: where.
@@ -69,6 +71,7 @@ class Timeline(NamedTuple):
     end: float
     busy: float
     exposed: float
+    library_calls: float
     collectives: tuple[ScheduledCollective, ...]
     constants: Constants | None
     cluster: str
@@ -106,6 +109,8 @@ class Timeline(NamedTuple):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map("{:{}{}}".format, r, "<>>>>>><", widths)) for r in rows]
         model = f"links: {self.constants}" if self.constants else "XLA's own constants"
+        if self.library_calls:
+            model += f"; {self.library_calls:.4g} library calls at a flat 10 us each"
         return "\n".join(line.rstrip() for line in lines) + (
             f"\npredicted by XLA's cost model: {self.end:,.1f} us a step, "
             f"{self.exposed:,.1f} of them waiting for collectives, {self.busy:,.1f} in "
@@ -130,7 +135,8 @@ def timeline(
     loop adds its trips times its body, a branch its share of steps times its
     computation. XLA gives times only to computations with collectives; of the others
     the model's costs are added up, at least a microsecond each, as its scheduler does.
-    What is in flight across a loop or branch counts as if the loop took no time.
+    Of branches without collectives and of unknown shares, the longest counts. What is
+    in flight across a loop or branch counts as if the loop took no time.
 
     Args:
         compiled: by :func:`bagua_jax.planning.compile`, for a GPU cluster.
@@ -139,8 +145,8 @@ def timeline(
 
     Raises:
         ValueError: a program for TPU or A100, whose times XLA does not predict; one
-            without collectives; a loop of unknown length, or branches of unequal time
-            and unknown shares.
+            without collectives; a loop of unknown length, or branches that communicate
+            and have unknown shares.
     """
     schedule = compiled.schedule
     if schedule is None or not schedule.computations:
@@ -152,16 +158,15 @@ def timeline(
             f"{compiled.cluster.text} got none, because {why}."
         )
     parts = _Parts(schedule, branch_shares or {}, trip_counts or {})
-    end, busy, exposed, collectives = parts.total(schedule.computations[0].name)
-    return Timeline(
-        end, busy, exposed, collectives, compiled.constants, str(compiled.cluster)
-    )
+    total = parts.total(schedule.computations[0].name)
+    return Timeline(*total, compiled.constants, str(compiled.cluster))
 
 
 class _Times(NamedTuple):
     end: float
     busy: float
     exposed: float
+    library_calls: float
     collectives: tuple[ScheduledCollective, ...]
 
 
@@ -171,6 +176,7 @@ def _sum(parts: Sequence[tuple[float, _Times]]) -> _Times:
         end=math.fsum(f * t.end for f, t in parts),
         busy=math.fsum(f * t.busy for f, t in parts),
         exposed=math.fsum(f * t.exposed for f, t in parts),
+        library_calls=math.fsum(f * t.library_calls for f, t in parts),
         collectives=tuple(
             c._replace(weight=c.weight * f) for f, t in parts for c in t.collectives
         ),
@@ -212,8 +218,8 @@ class _Parts:
         if shares is None:
             shares = scoped_shares(i.path)
         ends = [branch.end for branch in branches]
-        if shares is None and np.allclose(ends, ends[0], rtol=1e-3):
-            shares = [1 / len(ends)] * len(ends)
+        if shares is None and not any(branch.collectives for branch in branches):
+            shares = [float(k == np.argmax(ends)) for k in range(len(ends))]
         if shares is None or len(shares) != len(ends):
             raise ValueError(
                 f"planning.timeline: the branches of {i.name} ({i.path}) take "
@@ -227,9 +233,11 @@ class _Parts:
 def _own(computation: Computation) -> _Times:
     """Time a computation, without what it calls."""
     order = computation.instructions
+    calls = float(sum(i.opcode == "custom-call" for i in order))
     if not computation.scheduled:
-        costs = [max(i.cost, 0.0) for i in order if i.cost >= 0 or i.opcode == "copy"]
-        return _Times(sum(max(c, 1.0) for c in costs), sum(costs), 0.0, ())
+        costs = [_FLAT.get(i.opcode, i.cost) for i in order]
+        costs = [cost for cost in costs if cost >= 0]
+        return _Times(sum(max(c, 1.0) for c in costs), sum(costs), 0.0, calls, ())
     at = {i.name: k for k, i in enumerate(order)}
     lengths = np.array([i.end - i.start for i in order])
     gaps = np.array([0.0] + [b.start - a.end for a, b in zip(order, order[1:])])  # noqa: B905
@@ -264,7 +272,8 @@ def _own(computation: Computation) -> _Times:
         in_flight[a + 1 : b + 1] = True
     end = max((i.end for i in order), default=0.0)
     exposed = float(gaps[in_flight].clip(0).sum())
-    return _Times(end, float(lengths.sum()), exposed, tuple(collectives))
+    return _Times(end, float(lengths.sum()), exposed, calls, tuple(collectives))
 
 
+_FLAT = {"copy": 0.0, "custom-call": 10.0}  # what the model charges without a cost
 _KINDS = ("all-", "collective-", "ragged-all-", "reduce-scatter", "send", "recv")

@@ -192,7 +192,8 @@ class WireCount(NamedTuple):
             per worker: 300 bytes sent in 1 messages, 150 between nodes
         """
         links = ("sent",) if nodes is None else ("inside", "between")
-        rows = [("kind", "dtype", "ops", "bytes", "group", *links, "weight", "path")]
+        head = ("kind", "dtype", "ops", "bytes", "group", *links, "weight", "path")
+        rows: list[tuple[str, ...]] = [head]
         for c in self.collectives:
             sent: tuple[float, ...] = (c.bytes_sent,)
             if nodes is not None:

@@ -121,7 +121,8 @@ def compare(
 
     - *widened* or *narrowed*: another dtype travels (bfloat16 as float32 on CPU; a
       conversion that sank below a collective, or rose above it).
-    - *rewritten*: another kind (a reduce-scatter that TPU runs as an all-reduce).
+    - *rewritten*: another kind (TPU runs a reduce-scatter, or a small all-gather, as an
+      all-reduce).
     - *moved*: it runs more or less often, as out of a loop; *unrolled*: the same runs
       at more sites.
     - *combined*: fewer messages, of the operands of several; *split*: more.
@@ -141,16 +142,26 @@ def compare(
     Raises:
         ValueError: as :func:`intended` and :func:`count`.
 
-    Example (bfloat16 on CPU, two means of two sizes):
+    Example (a mean in bfloat16, and what XLA for CPU makes of it):
         >>> import jax, jax.numpy as jnp
-        >>> mesh = jax.make_mesh((1,), ("w",), axis_types=(jax.sharding.AxisType.Auto,))
-        >>> step = jax.jit(jax.shard_map(
-        ...     lambda x, y: jax.lax.psum((x, y), "w"),
-        ...     mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
-        >>> shapes = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (100, 200)]
-        >>> lowered = step.lower(*shapes)
-        >>> compare(lowered, lowered.compile()).differences
-        {'removed (sends nothing)': 0.0}
+        >>> from bagua_jax import Workers
+        >>> workers = Workers.abstract(4)
+        >>> def f(x):
+        ...     return jax.lax.psum(x, workers.axis_name)
+        >>> total = workers.spmd(f, in_specs=workers.spec)
+        >>> x = jax.ShapeDtypeStruct((4, 100), jnp.bfloat16)
+        >>> lowered = total.trace(x).lower(lowering_platforms=("cpu",))
+        >>> path = intended(lowered).collectives[0].path
+        >>> compiled = f'''HloModule jit_f, replica_count=4
+        ... ENTRY %main (x: f32[100]) -> f32[100] {{
+        ...   %x = f32[100] parameter(0)
+        ...   ROOT %y = f32[100] all-reduce(%x), metadata={{op_name="{path}"}}
+        ... }}'''
+        >>> print(compare(lowered, compiled))
+                                  intended         compiled
+        kind        dtype  group  messages  bytes  messages  bytes  difference
+        all-reduce  bf16       4         1    300         1    600  widened bf16 -> f32
+        total                            1    300         1    600  +300 bytes
     """
     named: dict[str, Any] = {"branch_shares": branch_shares, "trip_counts": trip_counts}
     if not isinstance(lowered, WireCount):
@@ -167,7 +178,7 @@ class _Part(NamedTuple):
     kind: str
     groups: frozenset  # of groups, each in its order; of pairs
     dtype: str
-    elements: int
+    elements: int  # of the gathered array for an all-gather, as in an all-reduce
     weight: float
     path: str
     anonymous: bool  # its path may be that of another: lost, or one of several
@@ -310,6 +321,7 @@ def _parts(collectives: Sequence[Collective]) -> list[_Part]:
             groups = [frozenset(group) for group in groups]
         several = not c.path or c.operands > 1
         for dtype, elements in arrays:
+            elements *= c.group_size if c.kind == "all-gather" else 1
             weight = round(c.weight, 9)
             row = (c.kind, frozenset(groups), dtype, elements, weight, c.path, several)
             parts.append(_Part(site, *row))

@@ -91,8 +91,8 @@ def replica_groups(text: str, devices: int) -> Groups:
     return _checked(groups, devices, text)
 
 
-def _checked(groups: Iterable[Sequence[int]], devices: int, shown: object) -> Groups:
-    groups = tuple(map(tuple, groups))
+def _checked(listed: Iterable[Sequence[int]], devices: int, shown: object) -> Groups:
+    groups = tuple(tuple(group) for group in listed)
     numbers = sorted(number for group in groups for number in group)
     if numbers != [*range(devices)] or len({len(group) for group in groups}) > 1:
         raise ValueError(
@@ -134,8 +134,10 @@ def _iota(text: str) -> np.ndarray:
 
 
 def listed(text: str) -> Groups:
+    """Read "{{0,1},{2,3}}"."""
     return tuple(tuple(integers(group)) for group in re.findall(r"\{([\d,]+)\}", text))
 
 
 def integers(text: str) -> list[int]:
+    """Read every whole number of a text."""
     return [int(number) for number in re.findall(r"\d+", text)]

@@ -149,7 +149,7 @@ def _collective(op: _Instruction, computation: str, module: _Module) -> Collecti
     return collective(op.kind, arrays, groups, devices, op.path, op.name)
 
 
-# A loop that counts: what the compilers for CPU and GPU state, and that for TPU does not.
+# A loop that counts: compilers for CPU and GPU state its trips, that for TPU does not.
 
 
 def _trips(op: _Instruction, computation: str, module: _Module) -> int | None:
@@ -160,15 +160,17 @@ def _trips(op: _Instruction, computation: str, module: _Module) -> int | None:
     inside, test = (module.root(name) for name in (body, condition))
     initial = module.computations[computation].get(op.operands[0])
     direction = re.search(r"direction=(\w\w)", test.tail)
-    if not (initial and initial.opcode == inside.opcode == "tuple" and direction):
+    if not (initial and initial.opcode == inside.opcode == "tuple"):
+        return None
+    if test.opcode != "compare" or not direction:
         return None
 
     def scalar(value: _Scalar) -> int | None:
         """Read a constant, also one that the loop carries and does not change."""
         if isinstance(value, _Carried):
-            unchanged = module.scalar(body, inside.operands[value.index]) == value
-            value = initial.operands[value.index] if unchanged else ""
-            value = module.scalar(computation, value)
+            if module.scalar(body, inside.operands[value.index]) != value:
+                return None
+            value = module.scalar(computation, initial.operands[value.index])
         return value if isinstance(value, int) else None
 
     counter, limit = (module.scalar(condition, name) for name in test.operands)
@@ -182,7 +184,7 @@ def _trips(op: _Instruction, computation: str, module: _Module) -> int | None:
     if counter not in terms:
         return None
     terms.remove(counter)
-    return counted_trips(scalar(start), scalar(terms[0]), scalar(limit), direction[1])
+    return counted_trips(start, scalar(terms[0]), scalar(limit), direction[1])
 
 
 class _Carried(NamedTuple):

@@ -54,14 +54,15 @@ def intended(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> mesh = jax.sharding.AbstractMesh((128,), ("w",))
-        >>> mean = jax.shard_map(
-        ...     lambda x: jax.lax.pmean(x, "w"),
-        ...     mesh=mesh, in_specs=jax.P("w"), out_specs=jax.P())
+        >>> from bagua_jax import Workers
+        >>> workers = Workers.abstract(128)
+        >>> def f(x):
+        ...     return jax.lax.pmean(x, workers.axis_name)
+        >>> mean = workers.spmd(f, in_specs=workers.spec)
         >>> x = jax.ShapeDtypeStruct((128, 1000), jnp.bfloat16)
-        >>> print(intended(jax.jit(mean).trace(x).lower(lowering_platforms=("cpu",))))
+        >>> print(intended(mean.trace(x).lower(lowering_platforms=("cpu",))))
         kind        dtype  ops  bytes  group      sent  weight  path
-        all-reduce  bf16     1  2,000    128  3,968.75       1  jit(<lambda>)/shard_map/psum
+        all-reduce  bf16     1  2,000    128  3,968.75       1  jit(f)/shard_map/psum_invariant
         per worker: 3,968.75 bytes sent in 1 messages
     """
     program = _Program(_module(lowered), Weights(_CALLER, branch_shares, trip_counts))
@@ -109,6 +110,10 @@ class _Program:
         self.replicas, self.partitions = (
             ir.IntegerAttr(given[name]).value if name in given else 1 for name in names
         )
+        if self.partitions == 1:  # lowered for a mesh whose devices are not known yet
+            meshes = [op for op in named if op.name == "sdy.mesh"]
+            sizes = [math.prod(size for _, size in _axes(mesh)[0]) for mesh in meshes]
+            self.partitions = max(sizes, default=1)
         self.numbers = itertools.count()
         self.silent: set[str] = set()  # functions that send nothing
 

@@ -1,4 +1,4 @@
-"""How often a collective runs: trips of the loops and shares of the branches around it."""
+"""How often a collective runs: trips of loops and shares of branches around it."""
 
 from __future__ import annotations
 

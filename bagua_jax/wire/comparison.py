@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -305,6 +306,9 @@ class _Pairing:
         return Change(source, result, tuple(dict.fromkeys(words)))
 
 
+_REPEATED = re.compile(r"(while/body/closed_call/)+")  # once in XLA's names
+
+
 def _parts(collectives: Sequence[Collective]) -> list[_Part]:
     parts = []
     for site, c in enumerate(collectives):
@@ -323,7 +327,8 @@ def _parts(collectives: Sequence[Collective]) -> list[_Part]:
         for dtype, elements in arrays:
             elements *= c.group_size if c.kind == "all-gather" else 1
             weight = round(c.weight, 9)
-            row = (c.kind, frozenset(groups), dtype, elements, weight, c.path, several)
+            path = _REPEATED.sub(r"\1", c.path)
+            row = (c.kind, frozenset(groups), dtype, elements, weight, path, several)
             parts.append(_Part(site, *row))
     return parts
 

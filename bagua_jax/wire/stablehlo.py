@@ -60,10 +60,9 @@ def intended(
         ...     return jax.lax.pmean(x, workers.axis_name)
         >>> mean = workers.spmd(f, in_specs=workers.spec)
         >>> x = jax.ShapeDtypeStruct((128, 1000), jnp.bfloat16)
-        >>> print(intended(mean.trace(x).lower(lowering_platforms=("cpu",))))
-        kind        dtype  ops  bytes  group      sent  weight  path
-        all-reduce  bf16     1  2,000    128  3,968.75       1  jit(f)/shard_map/psum_invariant
-        per worker: 3,968.75 bytes sent in 1 messages
+        >>> lowered = mean.trace(x).lower(lowering_platforms=("cpu",))
+        >>> intended(lowered).by_kind()
+        {'all-reduce': (1.0, 3968.75)}
     """
     program = _Program(_module(lowered), Weights(_CALLER, branch_shares, trip_counts))
     return program.count()

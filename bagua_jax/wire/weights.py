@@ -55,7 +55,7 @@ class Weights:
         if any(c.bytes_sent for c in [*body, *condition]):
             raise ValueError(
                 f"{self._caller}: a loop that communicates needs a known trip count; "
-                f"the program states none for {name} ({path}). Use lax.scan, or "
+                f"the program states none for {_named(name, path)}. Use lax.scan, or "
                 "lax.fori_loop with bounds that are Python integers, or pass "
                 f"trip_counts={{{path or name!r}: ...}}."
             )
@@ -66,6 +66,7 @@ class Weights:
     ) -> list[Collective]:
         """Weight what each branch sends with its share of the runs."""
         self._conditionals.update({name, path} - {""})
+        shown = _named(name, path)
         counts = [WireCount(tuple(part)) for part in parts]
         totals = [(c.bytes_per_worker, c.messages_per_worker) for c in counts]
         shares = self._shares.get(path, self._shares.get(name))
@@ -79,7 +80,7 @@ class Weights:
                 for i, (b, m) in enumerate(totals)
             )
             raise ValueError(
-                f"{self._caller}: the branches of {name} ({path}) send unequally and "
+                f"{self._caller}: the branches of {shown} send unequally and "
                 f"nothing says how often each is taken: {sent}. Write it with "
                 "bagua_jax.schedules.switch(..., shares=...), or pass "
                 f"branch_shares={{{path or name!r}: (...)}}."
@@ -87,7 +88,7 @@ class Weights:
         valid = len(shares) == len(parts) and min(shares) >= 0
         if not valid or not math.isclose(sum(shares), 1, abs_tol=1e-6):
             raise ValueError(
-                f"{self._caller}: {name} ({path}) needs {len(parts)} shares, one a "
+                f"{self._caller}: {shown} needs {len(parts)} shares, one a "
                 f"branch, none negative, that sum to 1; got {tuple(shares)}."
             )
         pairs = zip(parts, shares, strict=True)
@@ -104,6 +105,10 @@ class Weights:
                     f"{self._caller}: {argument} must use names of the program, which "
                     f"are {sorted(known)}; got {unknown}."
                 )
+
+
+def _named(name: str, path: str) -> str:
+    return f"{name} ({path})" if path not in ("", name) else name
 
 
 def weighted(collectives: Sequence[Collective], factor: float) -> list[Collective]:

@@ -306,7 +306,7 @@ class _Pairing:
         return Change(source, result, tuple(dict.fromkeys(words)))
 
 
-_REPEATED = re.compile(r"(while/body/closed_call/)+")  # once in XLA's names
+_REPEATED = re.compile(r"(while/body/\w+/)\1+")  # once in XLA's names
 
 
 def _parts(collectives: Sequence[Collective]) -> list[_Part]:

@@ -1,6 +1,8 @@
 # ruff: noqa: E501 (tables are wide)
 """Real programs: what XLA makes of them for CPU here, for H100s and for a TPU slice."""
 
+import re
+
 import pytest
 import wire_programs
 from wire_programs import ELSEWHERE, WORKERS, D, lower, lower_here, path_of
@@ -97,10 +99,21 @@ def test_what_is_left_alone_keeps_names_groups_and_weights(cluster, name):
     for change in comparison.changes:
         if not change.differences:
             (meant,), (sent,) = change.intended, change.compiled
-            inner = "while/body/closed_call/"  # XLA names loops in loops once
-            assert sent.path in (meant.path, meant.path.replace(2 * inner, inner))
+            # the names of loops depend on jax, and XLA names loops in loops once
+            assert sent.path.split("/")[-1] == meant.path.split("/")[-1]
             like = {"asynchronous": False, "name": "", "path": ""}
             assert sent._replace(**like) == meant._replace(**like)
+
+
+@pytest.mark.parametrize("name", ["rotating", "scanned_twice", "every_fourth"])
+def test_paths_are_those_of_the_compiled_program(name):
+    lowered = lower_here(program(name))
+    meant, sent = wire.intended(lowered), wire.count(lowered.compile())
+    paths = [  # of loops in loops, jax 0.10 names only the innermost
+        {re.sub(r"(while/body/\w+/)\1+", r"\1", c.path) for c in counted.collectives}
+        for counted in (meant, sent)
+    ]
+    assert paths[0] == paths[1]
 
 
 def test_loops_state_their_trips_on_tpu_too():

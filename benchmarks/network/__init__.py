@@ -1,0 +1,1 @@
+"""Benchmarks on real shaped networks: one namespace and one network card a worker."""

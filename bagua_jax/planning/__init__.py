@@ -12,12 +12,13 @@ and compare exchanges on one cluster; never compare clusters by them.
 Compiling needs the extra ``bagua-jax[plan]``, and no GPU or TPU.
 """
 
-from bagua_jax.planning.clusters import GPUS, TPUS, Cluster
+from bagua_jax.planning.clusters import GPUS, TPUS, Cluster, TpuChip
 from bagua_jax.planning.compiling import (
     Compiled,
     CompileError,
     Constants,
     Memory,
+    MissingCompiler,
     compile,
     compile_lowered,
     lower,
@@ -47,10 +48,12 @@ __all__ = [
     "Covered",
     "Instruction",
     "Memory",
+    "MissingCompiler",
     "Plan",
     "Schedule",
     "ScheduledCollective",
     "Timeline",
+    "TpuChip",
     "compile",
     "compile_lowered",
     "lower",

@@ -6,11 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["GPUS", "TPUS", "Cluster"]
+from bagua_jax.network import Link, Network
+from bagua_jax.network.base import require
+
+__all__ = ["GPUS", "TPUS", "Cluster", "TpuChip"]
 
 # Facts of the chips, from XLA's public target specifications
 # (xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80). The A100's
@@ -79,10 +82,31 @@ thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation" driver_version: "13.0
 runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
 """
 
-TPUS: MappingProxyType[str, int] = MappingProxyType(
-    {"v4": 2, "v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
+
+class TpuChip(NamedTuple):
+    """A chip of TPU slices.
+
+    Attributes:
+        devices: how many JAX sees in one.
+        ici: GB/s that all its links to other chips carry together, each way: half of
+            the "bidirectional" bandwidth of the vendor's public specifications; v4 is
+            six links of 400 Gbit/s.
+    """
+
+    devices: int
+    ici: float
+
+
+TPUS: MappingProxyType[str, TpuChip] = MappingProxyType(
+    {
+        "v4": TpuChip(2, 300.0),
+        "v5e": TpuChip(1, 200.0),
+        "v5p": TpuChip(1, 600.0),
+        "v6e": TpuChip(1, 400.0),
+        "tpu7x": TpuChip(2, 600.0),
+    }
 )
-"""Chips of TPU slices, by name: how many devices JAX sees in one."""
+"""Chips of TPU slices, by name."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +180,31 @@ class Cluster:
     @property
     def num_devices(self) -> int:
         """Devices as JAX counts them; some TPU chips are two."""
-        return math.prod(self.shape) * TPUS.get(self.chip, 1)
+        chips = math.prod(self.shape)
+        return chips if self.platform == "cuda" else chips * TPUS[self.chip].devices
 
     @property
     def nodes(self) -> np.ndarray:
         """The node of each device, [n], in the order of the mesh."""
         return np.repeat(np.arange(self.num_nodes), self.per_node)
+
+    def ici(self) -> Network:
+        """Describe the links of a TPU slice, from stated constants.
+
+        A device has its share of its chip's links, as if every collective could use
+        all of them at once, and 1 us to any other: a bound, since neither the torus nor
+        its hops are modelled.
+
+        Raises:
+            ValueError: a GPU cluster, whose links ``bagua_jax.network.preset`` states.
+        """
+        rule = "Cluster.ici: the cluster must be a TPU slice"
+        require(self.platform == "tpu", rule, self.text)
+        devices, ici = TPUS[self.chip]
+        link = Link(1e-6, ici * 1e9 / devices)
+        return Network.from_levels(
+            1, self.num_devices, inside=link, between=link, name="ici"
+        )
 
     def topology(self) -> dict[str, str]:
         """Give the arguments of ``jax.experimental.topologies.get_topology_desc``."""

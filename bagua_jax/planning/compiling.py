@@ -33,6 +33,7 @@ __all__ = [
     "Compiled",
     "Constants",
     "Memory",
+    "MissingCompiler",
     "compile",
     "compile_lowered",
     "lower",
@@ -40,7 +41,11 @@ __all__ = [
 
 
 class CompileError(RuntimeError):
-    """XLA refused a program, or what compiles for a cluster is not installed."""
+    """XLA refused a program, or gave nothing."""
+
+
+class MissingCompiler(CompileError):
+    """What compiles for a cluster is not installed; the message says what is."""
 
 
 class Constants(NamedTuple):
@@ -80,11 +85,12 @@ class Constants(NamedTuple):
         """
         between = network.nodes[:, None] != network.nodes
         if not between.any():
-            return cls(100.0)
-        per_node = network.num_devices / network.num_nodes
+            return cls(100.0, gpus_per_node=network.num_devices)
+        per_node = round(network.num_devices / network.num_nodes)
         share = min(network.ports / per_node, 1.0)
         speed = share * float(network.bandwidth[between].min()) / 1e9
-        return cls(speed, rtt_us=2e6 * float(network.latency[between].max()))
+        trip = 2e6 * float(network.latency[between].max())
+        return cls(speed, rtt_us=trip, gpus_per_node=per_node)
 
     def __str__(self) -> str:
         """State them."""
@@ -170,7 +176,8 @@ def compile(
 
     Raises:
         ValueError: specs that do not fit, or constants for a TPU slice or A100s.
-        CompileError: what compiles for this platform is not installed, or XLA refuses.
+        MissingCompiler: what compiles for this platform is not installed.
+        CompileError: XLA refuses the program.
 
     Example (needs ``bagua-jax[plan]``)::
 
@@ -296,7 +303,7 @@ def _versions(cluster: Cluster) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     if not found.keys() & {*_PLUGINS[cluster.platform]}:
-        raise CompileError(
+        raise MissingCompiler(
             f"planning.compile: compiling for {cluster.text} needs "
             f"{_PLUGINS[cluster.platform][0]}, which is not installed: "
             "pip install 'bagua-jax[plan]' (5 GB of disk; no GPU or TPU is needed)."

@@ -66,7 +66,7 @@ def replay(
     events: Mapping[int, Sequence[Event]],
     replicas: Mapping[int, Replica],
     local_step: Callable[[int, Any], Any],
-    exchange: Callable[[tuple[int, ...], list[Any]], list[Any]],
+    exchange: Callable[[int, tuple[int, ...], list[Any]], list[Any]],
     steps: Mapping[int, int],
 ) -> None:
     """Do in one process, in the recorded order, what a run did in many.
@@ -80,8 +80,8 @@ def replay(
         replicas: of each worker, with the initial parameters; they are changed.
         local_step: ``(worker, params) -> new params``; called in each worker's order of
             steps, so that it can carry the optimizer's state.
-        exchange: ``(workers, snapshots) -> corrections``, one for each of the workers;
-            called in an order in which the exchanges can have happened.
+        exchange: ``(number, workers, snapshots) -> corrections``, one for each of the
+            workers; called in an order in which the exchanges can have happened.
         steps: local steps of each worker in the whole run.
 
     Raises:
@@ -116,7 +116,8 @@ def replay(
                 if len(offered) < len(event.workers):
                     break
                 if event.exchange not in corrections:
-                    given = exchange(event.workers, [offered[w] for w in event.workers])
+                    models = [offered[w] for w in event.workers]
+                    given = exchange(event.exchange, event.workers, models)
                     corrections[event.exchange] = dict(
                         zip(event.workers, given, strict=True)
                     )

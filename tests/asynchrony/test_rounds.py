@@ -1,54 +1,29 @@
 """Rounds over two real processes: what they promise, and their replay in this one."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from asynchrony.processes import Workers, free_ports
 from asynchrony.training import ALGORITHMS, Trainer, initial
 
-from bagua_jax import Workers
+import bagua_jax
 from bagua_jax.asynchrony import Replica, make_exchange, read, replay, staleness
 
 N = 2
-ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Two processes that train with every algorithm; the folder they leave."""
     folder = tmp_path_factory.mktemp("rounds")
-    port = free_port()
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "asynchrony.rounds_worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(worker), str(N), str(port), str(folder)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for worker in range(N)
-    ]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()  # jax.distributed traps SIGTERM
-            process.wait()
-    assert [p.returncode for p in processes] == [0] * N, "\n".join(said)
+    (port,) = free_ports(1)
+    with Workers("rounds_worker") as workers:
+        started = [workers.start(w, N, port, folder) for w in range(N)]
+        said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * N, "\n".join(said)
     return folder
 
 
@@ -84,10 +59,12 @@ def test_the_replay_in_one_process_ends_bit_for_bit_where_the_run_did(run, name)
     events, arrays, steps = left_behind(run, name)
     replicas = {w: Replica(initial()) for w in range(N)}
     trainers = [Trainer(w) for w in range(N)]
-    exchange = make_exchange(ALGORITHMS[name](), Workers.simulate(N), initial())
+    exchange = make_exchange(
+        ALGORITHMS[name](), bagua_jax.Workers.simulate(N), initial()
+    )
     carry = exchange.init(jax.tree.map(lambda x: jnp.stack([x] * N), initial()))
 
-    def mix(workers, snapshots):
+    def mix(number, workers, snapshots):
         nonlocal carry
         assert workers == (0, 1)
         models = jax.tree.map(lambda *x: jnp.stack(x), *snapshots)
@@ -114,6 +91,6 @@ def test_a_log_with_a_hole_is_refused(run):
             events,
             replicas,
             lambda w, x: x,
-            lambda workers, snapshots: [no_change] * N,
+            lambda number, workers, snapshots: [no_change] * N,
             steps,
         )

@@ -1,0 +1,174 @@
+"""What workers of pair gossip say to one another: a fixed header and raw arrays.
+
+Nothing is unpickled and nothing in a message says how long or of which type it is: both
+sides know that from the model, and a message that is not exactly what its kind must be
+is refused.
+"""
+
+import enum
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+__all__ = ["Kind", "Layout", "Message", "Refused", "decode", "encode"]
+
+_HEADER = struct.Struct("<4s16sBBHQQQ")
+_MAGIC = b"BJX1"
+
+
+class Refused(ValueError):
+    """A message that is not what it must be."""
+
+
+class Kind(enum.IntEnum):
+    """What a message is for; the reply to each question in its line."""
+
+    PING = 1  # -> PONG: how far are you?
+    PONG = 2
+    PULL = 3  # -> STATE: give me your parameters
+    STATE = 4
+    ASK = 5  # -> GRANT with a payload, or BUSY: an exchange?
+    GRANT = 6
+    BUSY = 7
+    GIVE = 8  # with a payload -> DONE: it is applied; EXPIRED: it never will be
+    DONE = 9
+    EXPIRED = 10
+
+
+class Message(NamedTuple):
+    """One message.
+
+    Attributes:
+        kind: what it is for.
+        worker: who sent it.
+        exchange: the number of the question, which the reply repeats.
+        reference: the exchange after which both sides last held the same reference, to
+            which payloads are differences; 0 for full precision.
+        steps: local steps that the sender has taken.
+        finished: whether the sender will ask for no more exchanges.
+        arrays: the payload's leaves, or the parameters as flat vectors.
+    """
+
+    kind: Kind
+    worker: int
+    exchange: int
+    reference: int = 0
+    steps: int = 0
+    finished: bool = False
+    arrays: tuple[np.ndarray, ...] = ()
+
+
+class Layout(NamedTuple):
+    """What arrays a message may carry: shapes and dtypes, known on both sides.
+
+    Attributes:
+        full: of the parameters as flat vectors.
+        compressed: of a payload; as ``full`` where there is no compressor.
+        workers: how many there are.
+        note: what else must agree, such as the compressor's name.
+    """
+
+    full: tuple[jax.ShapeDtypeStruct, ...]
+    compressed: tuple[jax.ShapeDtypeStruct, ...]
+    workers: int
+    note: str = ""
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes that differ where layouts do."""
+        parts = [
+            [(tuple(x.shape), np.dtype(x.dtype).name) for x in arrays]
+            for arrays in (self.full, self.compressed)
+        ]
+        text = repr((parts, self.workers, self.note))
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest message."""
+        return _HEADER.size + max(map(_nbytes, (self.full, self.compressed)))
+
+    def carried(self, kind: Kind, reference: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Say what a message of a kind carries."""
+        if kind is Kind.STATE:
+            return self.full
+        if kind in (Kind.GRANT, Kind.GIVE):
+            return self.compressed if reference else self.full
+        return ()
+
+
+def _nbytes(arrays: Sequence[jax.ShapeDtypeStruct]) -> int:
+    return sum(x.size * np.dtype(x.dtype).itemsize for x in arrays)
+
+
+def encode(message: Message, layout: Layout) -> bytes:
+    """Write a message.
+
+    Raises:
+        ValueError: if its arrays are not those of the layout.
+    """
+    expected = layout.carried(message.kind, message.reference)
+    found = [(x.shape, x.dtype) for x in message.arrays]
+    if found != [(tuple(x.shape), np.dtype(x.dtype)) for x in expected]:
+        raise ValueError(
+            f"messages.encode: {message.kind.name} carries {expected}; got {found}."
+        )
+    header = _HEADER.pack(
+        _MAGIC,
+        layout.fingerprint,
+        message.kind,
+        message.finished,
+        message.worker,
+        message.exchange,
+        message.reference,
+        message.steps,
+    )
+    return b"".join([header, *(_plain(x).data for x in message.arrays)])
+
+
+def _plain(x: np.ndarray) -> np.ndarray:
+    """View as bytes: the buffer protocol does not know bfloat16."""
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+
+
+def decode(data: Any, layout: Layout) -> Message:
+    """Read a message; the arrays are views of its bytes.
+
+    Args:
+        data: what arrived, a bytes-like object.
+        layout: what may arrive.
+
+    Raises:
+        Refused: naming what is wrong, if it is anything else than a message that
+            :func:`encode` writes with this layout.
+    """
+    if len(data) < _HEADER.size:
+        raise Refused("shorter than a header")
+    magic, fingerprint, kind, finished, worker, *numbers = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise Refused("no message of this protocol")
+    if fingerprint != layout.fingerprint:
+        raise Refused("another model, compressor or number of workers")
+    try:
+        kind = Kind(kind)
+    except ValueError:
+        raise Refused("unknown kind") from None
+    if worker >= layout.workers or finished > 1:
+        raise Refused("a field of the header is out of range")
+    exchange, reference, steps = numbers
+    expected = layout.carried(kind, reference)
+    if len(data) != _HEADER.size + _nbytes(expected):
+        raise Refused("another size than its kind has")
+    arrays, start = [], _HEADER.size
+    for like in expected:
+        dtype = np.dtype(like.dtype)
+        array = np.frombuffer(data, dtype, like.size, start).reshape(like.shape)
+        arrays.append(array)
+        start += array.nbytes
+    return Message(
+        kind, worker, exchange, reference, steps, bool(finished), tuple(arrays)
+    )

@@ -1,0 +1,359 @@
+"""Pair gossip: the mean is kept, messages are not believed, a worker may die."""
+
+import io
+import json
+import math
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from asynchrony.processes import Workers, free_ports
+from asynchrony.training import Trainer, initial
+
+from bagua_jax.asynchrony import Event, PairArithmetic, PairGossip, Replica, replay
+from bagua_jax.asynchrony.messages import Kind, Message, decode, encode
+from bagua_jax.asynchrony.transport import Server, endpoint
+from bagua_jax.compressors import Compressor, blockwise, minmax_uint8, qsgd, randk, topk
+
+zmq = pytest.importorskip("zmq")
+SECRET = bytes(range(32))
+
+
+def addresses(n: int) -> list[str]:
+    return [f"127.0.0.1:{port}" for port in free_ports(n)]
+
+
+# --- what a pair computes ---
+
+
+@pytest.mark.parametrize("compressor", [None, minmax_uint8(), topk(0.2)])
+def test_a_pair_agrees_exactly_and_keeps_its_mean(compressor: Compressor | None):
+    """With a compressor, too, in the limit: differences to the reference are sent."""
+    x = jax.random.normal(jax.random.key(0), (2, 40)) * 3 + 10
+    exchange = PairArithmetic(x[0], compressor).replayed()
+    x = [x[0], x[1]]
+    mean = (x[0] + x[1]) / 2
+    distances = []
+    for number in range(60):
+        if number == 3:  # progress that a compressor has to catch up with
+            x[0], mean = x[0] + 1.0, mean + 0.5
+        first, second = exchange(number, (0, 1), x)
+        np.testing.assert_array_equal(first, -second)
+        x = [x[0] + first, x[1] + second]
+        distances.append(float(jnp.max(jnp.abs(x[0] - x[1]))))
+    assert distances[0] < 1e-5  # the first exchange is in full precision
+    assert distances[-1] < 1e-5
+    np.testing.assert_allclose((x[0] + x[1]) / 2, mean, atol=1e-5)
+
+
+def test_a_compressed_exchange_follows_its_equations():
+    y = [jnp.array([1.0, -2.0, 0.5]), jnp.array([3.0, 0.0, 0.25])]
+    arithmetic, codec = PairArithmetic(y[0], minmax_uint8()), minmax_uint8()
+    exchange = arithmetic.replayed()
+    exchange(1, (0, 1), y)
+    r = (y[0] + y[1]) / 2
+    y = [r + jnp.array([0.3, 0.0, 0.1]), r - jnp.array([0.0, 0.7, 0.2])]
+
+    @jax.jit
+    def q(v):
+        return codec.decompress(codec.compress(None, v, ())[0], v)
+
+    first, _ = exchange(2, (0, 1), y)
+    np.testing.assert_allclose(first, (q(y[1] - r) - q(y[0] - r)) / 2, atol=1e-6)
+    assert sum(a.nbytes for a in arithmetic.code((y[0],), (r,), 2, 0)) == 3 + 8
+
+
+@pytest.mark.parametrize(
+    ("compressor", "why"),
+    [(qsgd(1), "no contraction"), (randk(0.1), "no contraction")],
+)
+def test_a_compressor_that_would_diverge_is_refused(compressor, why):
+    with pytest.raises(ValueError, match=why):
+        PairArithmetic(jnp.zeros(1000), compressor)
+
+
+# --- workers in threads ---
+
+
+def train_in_threads(n: int, steps: int, compressor: Compressor | None):
+    """Run n workers of one process; their replicas, gossips and events."""
+    where = addresses(n)
+    replicas = [Replica(initial()) for _ in range(n)]
+    logs = [io.StringIO() for _ in range(n)]
+    gossips = [
+        PairGossip(
+            replicas[w],
+            worker=w,
+            addresses=where,
+            secret=SECRET,
+            compressor=compressor,
+            log=logs[w],
+        )
+        for w in range(n)
+    ]
+    trainers = [Trainer(w) for w in range(n)]
+    failures = []
+
+    def work(w):
+        def slowly(params):
+            time.sleep(0.002 * (1 + 2 * (w == 0)))
+            return trainers[w](params)
+
+        try:
+            with gossips[w]:
+                for _ in range(steps):
+                    replicas[w].step(slowly)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(w,)) for w in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+    events = {}
+    for w, log in enumerate(logs):
+        lines = map(json.loads, log.getvalue().splitlines())
+        events[w] = [Event(**x | {"workers": tuple(x["workers"])}) for x in lines]
+    return replicas, gossips, events
+
+
+@pytest.mark.parametrize("compressor", [None, blockwise(8, 16)])
+def test_the_replay_ends_bit_for_bit_where_the_run_did(compressor):
+    n, steps = 3, 40
+    replicas, gossips, events = train_in_threads(n, steps, compressor)
+    numbers = [e.exchange for own in events.values() for e in own]
+    assert all(numbers.count(e) == 2 for e in numbers)  # both sides, or neither
+    assert [g.exchanges for g in gossips] == [len(events[w]) for w in range(n)]
+    assert min(g.exchanges for g in gossips) > 3
+    assert not any(g.refused for g in gossips)
+    assert any(event.in_step for own in events.values() for event in own)
+
+    again = {w: Replica(initial()) for w in range(n)}
+    trainers = [Trainer(w) for w in range(n)]
+    replay(
+        events,
+        again,
+        lambda w, x: trainers[w](x)[0],
+        PairArithmetic(initial(), compressor).replayed(),
+        dict.fromkeys(range(n), steps),
+    )
+    for w in range(n):
+        for name, value in replicas[w].params.items():
+            np.testing.assert_array_equal(again[w].params[name], value, f"{w} {name}")
+
+
+# --- strangers and noise ---
+
+
+class Stranger:
+    """Speaks to a worker over sockets of its own, in the name of worker 1."""
+
+    def __init__(self, address: str, secret: bytes, largest: int = 10**6):
+        (own,) = addresses(1)
+        self._server = Server(own, secret, largest)
+        self.socket = self._server.connect(address)
+
+    def say(self, data: bytes | list[bytes], wait_ms: int = 5000) -> bytes | None:
+        """Send something; the answer, if there is one."""
+        if not self.socket.poll(wait_ms, zmq.POLLOUT):
+            return None
+        frames = data if isinstance(data, list) else [data]
+        self.socket.send_multipart(frames, zmq.NOBLOCK)
+        return self.socket.recv() if self.socket.poll(wait_ms, zmq.POLLIN) else None
+
+    def __enter__(self) -> "Stranger":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._server.close()
+
+
+@pytest.fixture
+def listening():
+    """A worker that has begun, alone, with a model of four numbers."""
+    where = addresses(2)
+    replica = Replica(jnp.array([1.0, 2.0, 3.0, 4.0]))
+    gossip = PairGossip(
+        replica,
+        worker=0,
+        addresses=where,
+        secret=SECRET,
+        patience_s=0.0,
+        timeout_s=0.5,
+    )
+    with gossip:
+        yield gossip, replica, where[0]
+
+
+def question(gossip, kind: Kind, number: int, *arrays, **fields) -> bytes:
+    message = Message(kind, 1, number, arrays=tuple(arrays), **fields)
+    return encode(message, gossip._layout)
+
+
+def answer(gossip, data: bytes | None) -> Message:
+    assert data is not None, gossip.refused
+    return decode(data, gossip._layout)
+
+
+def test_a_gift_is_applied_once_however_often_it_is_given(listening):
+    gossip, replica, address = listening
+    theirs = np.array([3.0, 2.0, 1.0, 0.0], np.float32)
+    with Stranger(address, SECRET) as peer:
+        grant = answer(gossip, peer.say(question(gossip, Kind.ASK, 5)))
+        assert grant.kind is Kind.GRANT
+        assert grant.arrays[0].tolist() == [1, 2, 3, 4]
+        replica.step(lambda x: (x + 100, None))  # progress since the snapshot is kept
+        for _ in range(3):
+            done = answer(gossip, peer.say(question(gossip, Kind.GIVE, 5, theirs)))
+            assert (done.kind, done.exchange) == (Kind.DONE, 5)
+        assert replica.params.tolist() == [102, 102, 102, 102]
+        late = answer(gossip, peer.say(question(gossip, Kind.GIVE, 4, theirs)))
+        assert late.kind is Kind.EXPIRED  # never granted, so never applied
+    assert replica.params.tolist() == [102, 102, 102, 102]
+    assert gossip.exchanges == 1
+
+
+def test_a_model_that_is_not_finite_is_not_taken(listening):
+    gossip, replica, address = listening
+    with Stranger(address, SECRET) as peer:
+        answer(gossip, peer.say(question(gossip, Kind.ASK, 5)))
+        theirs = np.array([0.0, math.nan, 0.0, 0.0], np.float32)
+        reply = answer(gossip, peer.say(question(gossip, Kind.GIVE, 5, theirs)))
+        assert reply.kind is Kind.EXPIRED
+    assert replica.params.tolist() == [1, 2, 3, 4]
+    assert gossip.refused == {"a model that is not finite": 1}
+
+
+def test_noise_is_refused_and_the_worker_goes_on(listening):
+    gossip, replica, address = listening
+    rng = np.random.default_rng(0)
+    valid = question(gossip, Kind.ASK, 5)
+    with Stranger(address, SECRET) as peer:
+        for size in (0, 1, 47, 48, 49, 64):
+            assert peer.say(rng.bytes(size), wait_ms=50) is None
+        assert peer.say([valid, valid], wait_ms=50) is None
+        assert peer.say(valid[:22] + b"\x00\x00" + valid[24:], wait_ms=50) is None
+        assert peer.say(question(gossip, Kind.DONE, 5), wait_ms=50) is None
+        # An answer means that all that came before it has been judged.
+        assert answer(gossip, peer.say(valid)).kind is Kind.GRANT
+        assert sum(gossip.refused.values()) == 9
+        assert gossip.refused["not one frame"] == 1
+        assert gossip.refused["a message in this worker's name"] == 1
+        assert gossip.refused["a reply where questions come"] == 1
+    assert replica.params.tolist() == [1, 2, 3, 4]
+
+
+def test_a_message_that_is_too_large_closes_its_connection_unread(listening):
+    gossip, _, address = listening
+    with Stranger(address, SECRET) as peer:
+        assert answer(gossip, peer.say(question(gossip, Kind.PING, 1))).exchange == 1
+        assert peer.say(bytes(gossip._layout.largest + 1000), wait_ms=300) is None
+    assert not gossip.refused  # it never reached the program
+    with Stranger(address, SECRET) as peer:
+        assert answer(gossip, peer.say(question(gossip, Kind.PING, 2))).exchange == 2
+
+
+def test_who_does_not_know_the_secret_is_not_heard(listening):
+    gossip, _, address = listening
+    with Stranger(address, SECRET[:-1] + b"\0") as stranger:
+        assert stranger.say(question(gossip, Kind.PULL, 1), wait_ms=300) is None
+    host, port = address.split(":")
+    plain = zmq.Context()
+    with plain.socket(zmq.DEALER) as client:
+        client.linger, client.immediate = 0, True
+        client.connect(f"tcp://{host}:{port}")
+        assert not client.poll(300, zmq.POLLOUT)  # no handshake without CURVE
+    plain.term()
+    assert not gossip.refused and not gossip._seen
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["0.0.0.0:5000", "8.8.8.8:5000", "[::]:5000", "[2001:4860::8]:5000", "224.0.0.1:5"],
+)
+def test_only_loopback_and_private_addresses_are_used(address):
+    with pytest.raises(ValueError, match="only loopback and private addresses"):
+        endpoint(address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "", "10.0.0.1:99999", "a b:1", "@:1"])
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(ValueError, match="no address"):
+        endpoint(address)
+
+
+def test_private_addresses_are_taken():
+    assert endpoint("10.1.2.3:80") == "tcp://10.1.2.3:80"
+    assert endpoint("[fd00::1]:80") == "tcp://[fd00::1]:80"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"secret": b"short"}, "at least 16 random bytes, got 5 bytes"),
+        ({"worker": 2}, "worker a place among them; got worker=2"),
+        ({"addresses": ["127.0.0.1:5", "127.0.0.1:5"]}, "different ones"),
+        ({"neighbours": [0]}, "neighbours must be other workers than 0"),
+        ({"timeout_s": 0}, "timeout_s must be positive"),
+    ],
+)
+def test_arguments_are_checked(changes, why):
+    given = {"worker": 0, "addresses": ["127.0.0.1:5", "127.0.0.1:6"], "secret": SECRET}
+    with pytest.raises(ValueError, match=why):
+        PairGossip(Replica(jnp.zeros(2)), **given | changes)
+
+
+# --- a worker dies and comes back ---
+
+
+def test_survivors_go_on_and_a_restarted_worker_takes_over_from_a_peer(tmp_path: Path):
+    n, where = 3, addresses(3)
+    (tmp_path / "secret").write_bytes(SECRET)
+
+    def lines(worker: int) -> list[str]:
+        path = tmp_path / f"steps-{worker}.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def counts(worker: int) -> tuple[int, int]:
+        """Steps and exchanges, as the last whole line says."""
+        found = [x.split() for x in lines(worker) if x.count(" ") == 2]
+        found = [x for x in found if x[0].isdigit()]
+        return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+
+    def wait_until(condition) -> None:
+        until = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < until, [lines(w)[-1:] for w in range(n)]
+            assert all(p.poll() is None for w, p in alive.items()), "a worker ended"
+            time.sleep(0.05)
+
+    with Workers("pairs_worker") as workers:
+        alive = {w: workers.start(w, tmp_path, *where) for w in range(n)}
+        wait_until(lambda: all(counts(w)[1] > 3 for w in range(n)))
+        alive.pop(2).kill()
+        before = {w: counts(w) for w in (0, 1)}
+        wait_until(
+            lambda: all(
+                counts(w)[0] > before[w][0] + 20 and counts(w)[1] > before[w][1] + 3
+                for w in (0, 1)
+            )
+        )
+        reached = min(counts(w)[0] for w in (0, 1))
+        alive[2] = workers.start(2, tmp_path, *where)
+        wait_until(lambda: sum(x.startswith("starts") for x in lines(2)) == 2)
+        (started,) = [x for x in lines(2) if x.startswith("starts")][1:]
+        assert int(started.split()[-1]) >= reached
+        wait_until(lambda: counts(2)[0] > int(started.split()[-1]) and counts(2)[1] > 3)
+        (tmp_path / "stop").touch()
+        said = {w: p.communicate(timeout=60)[0] for w, p in alive.items()}
+        assert {w: p.returncode for w, p in alive.items()} == {0: 0, 1: 0, 2: 0}, said
+    models = [dict(np.load(tmp_path / f"{w}.npz")) for w in range(n)]
+    for model in models:
+        np.testing.assert_allclose(model["in"], models[0]["in"], atol=0.3)
+        assert np.isfinite(model["out"]).all()

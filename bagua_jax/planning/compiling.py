@@ -225,7 +225,8 @@ def compile_lowered(
 
     A result is kept in the user's cache folder (``BAGUA_JAX_CACHE`` names another)
     under a digest of the program, the cluster, constants, options and versions, and
-    read from there the next time. ``XLA_FLAGS`` of the environment have no part in it.
+    read from there the next time. ``XLA_FLAGS`` and
+    ``LIBTPU_INIT_ARGS`` of the environment have no part in it.
 
     Args:
         lowered: a program for ``cluster.num_devices`` partitions.
@@ -326,6 +327,7 @@ def _run(request: Mapping[str, Any], program: str) -> dict[str, Any]:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",  # whatever is attached stays out of it
             "XLA_FLAGS": " ".join(flags),
+            "LIBTPU_INIT_ARGS": "",
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -130,7 +130,7 @@ def table(rows: Sequence[Row], cluster: Cluster) -> Table:
         right = name in ("inside", "between", "memory")
         shown.add_column(name, justify="right" if right else "left", no_wrap=True)
     columns = "XLA's model\nstep ms", "\nexposed ms", "network model\nstep ms"
-    for name in columns if timed else ("network model\ncommunication ms",):
+    for name in columns if timed else ("network model\ncommunication ms", "async"):
         shown.add_column(name, justify="right", no_wrap=True)
     best = {(r.network, m): r for m in _MODELS for r in _fastest(rows, m)}
     last = ""
@@ -145,6 +145,9 @@ def table(rows: Sequence[Row], cluster: Cluster) -> Table:
             cells.append(f"{_ms(_MODELS[model](plan))}{star}")
             if model == "xla":
                 cells.append(_ms(facts["xla_exposed_seconds"]))
+        if not timed:
+            sent = [c.asynchronous for c in plan.wire.collectives if c.weight]
+            cells.append(f"{sum(sent)} of {len(sent)}")
         shown.add_row(*cells)
         last = row.label
     return shown

@@ -101,6 +101,30 @@ class Plan(NamedTuple):
             "network_step_all_hidden_seconds": both[0],
             "network_step_none_hidden_seconds": both[1],
             "network": None if links is None else links.network,
+            "collectives": [
+                {
+                    "kind": c.kind,
+                    "dtype": c.dtype,
+                    "operand_bytes": c.operand_bytes,
+                    "weight": c.weight,
+                    "asynchronous": c.asynchronous,
+                    "path": c.path,
+                }
+                for c in self.wire.collectives
+            ],
+            "xla_schedule": [
+                {
+                    "kind": c.kind,
+                    "weight": c.weight,
+                    "start_us": c.start,
+                    "latency_us": c.latency,
+                    "wait_us": c.wait,
+                    "hidden_share": c.hidden,
+                    "covered": len(c.covered),
+                    "path": c.path,
+                }
+                for c in (line.collectives if line else ())
+            ],
         }
 
     def __str__(self) -> str:

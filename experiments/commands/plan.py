@@ -26,9 +26,9 @@ class Plan(base.OnConfig):
     """Compile a config's step for a cluster that is not here, and predict its time.
 
     Nothing runs: every time is a prediction. Each algorithm is compiled for each
-    network; what was compiled before is read. The table and a map of which algorithm is
-    fastest where are kept in OUTPUT/EXPERIMENT. Needs the extra bagua-jax[plan], and no
-    GPU or TPU. docs/planning.md says how far to trust it.
+    network; what was compiled before is read. The table, a report on each plan, and a
+    map of which algorithm is fastest where are kept in OUTPUT/EXPERIMENT. Needs the
+    extra bagua-jax[plan], and no GPU or TPU. docs/planning.md says how far to trust it.
     """
 
     cluster: str = "16x8:h100"
@@ -44,7 +44,7 @@ class Plan(base.OnConfig):
 
 
 def main(command: Plan) -> int:
-    """Compile, print the table, write JSON and the figure."""
+    """Compile, print the table, write JSON, reports and the figure."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing attached is looked for
 
     from bagua_jax import planning
@@ -82,7 +82,9 @@ def main(command: Plan) -> int:
         path = folder / f"{name}.json"
         write_json(path, {"title": title, "form": form, "plans": plans.facts(rows)})
         plans.draw(rows, cluster, title, path.with_suffix(".png"))
-        for written in (path, path.with_suffix(".png")):
+        reports = [f"# {row.label}, {row.network}\n\n{row.plan}\n" for row in rows]
+        path.with_suffix(".txt").write_text("\n".join(reports), encoding="utf-8")
+        for written in (path, path.with_suffix(".txt"), path.with_suffix(".png")):
             console.print(f"written: {written}", highlight=False, soft_wrap=True)
     for failure in failures:
         base.complain(failure, base.FAILED)
@@ -122,7 +124,8 @@ def _caption(cluster: "Cluster") -> str:
     if not cluster.has_timeline:
         return sent + (
             "network model: alpha-beta, one collective after the other; XLA predicts "
-            "no times for this chip, so there is no compute and no overlap. *: fastest."
+            "no times for this chip, so there is no compute and no overlap; async says "
+            "how many collectives XLA lets run beside other work. *: fastest."
         )
     return sent + (
         "XLA's model: its schedule and costs; of a step, exposed waits for "

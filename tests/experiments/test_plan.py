@@ -80,6 +80,12 @@ def test_a_table_of_algorithms_and_networks(lab, compiler):
             max(compute, cost.seconds)
         )
         assert row["xla_constants"]["gpus_per_node"] == 4
+        (sent,) = row["collectives"]
+        assert (sent["kind"], sent["operand_bytes"]) == ("all-reduce", 400)
+        assert [c["covered"] for c in row["xla_schedule"]] == [1, 1, 2]
+    report = (lab.root / "runs" / "small" / "plan-2x4-h100.txt").read_text()
+    assert report.count("PREDICTION, nothing was run") == 4
+    assert report.count("# bytes, ") == 2
 
 
 def test_the_map_is_drawn(lab, compiler):
@@ -115,6 +121,7 @@ def test_without_times_there_is_communication(lab, compiler):
         status, out, _ = plan(lab, "--cluster", cluster, *flags)
         assert status == 0
         assert "XLA predicts no times for this chip" in " ".join(out.split())
+        assert "0 of 1" in out, "asynchronous collectives"
         rows = results(lab, cluster.replace(":", "-"))
         assert [r["network_name"] for r in rows] == networks
         for row in rows:

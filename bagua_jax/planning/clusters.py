@@ -222,7 +222,9 @@ class Cluster:
             'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } '
             f'device_description_str: "{name}"'
         )
-        topology = f"1x{self.num_nodes}x{self.per_node}"
+        # Slices x hosts x GPUs: a slice is one domain of NVLink. jax 0.12 prices links
+        # between hosts of a slice as NVLink.
+        topology = f"{self.num_nodes}x1x{self.per_node}"
         return {"platform": "cuda", "target_config": config, "topology": topology}
 
     def __str__(self) -> str:

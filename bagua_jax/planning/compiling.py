@@ -247,7 +247,7 @@ def compile_lowered(
     program = _FILES.sub("unknown", lowered.as_text(debug_info=True))
     request = {
         "topology": cluster.topology(),
-        "options": dict(options or {}),
+        "options": (_NCCL if cluster.has_timeline else {}) | dict(options or {}),
         "flags": _flags(cluster, constants),
         "versions": _versions(cluster),
     }
@@ -268,6 +268,13 @@ def compile_lowered(
     )
 
 
+# From jax 0.12 on XLA makes kernels of its own of small all-reduces, which its model of
+# links does not know; a step of NCCL's collectives can be timed.
+_NCCL = (
+    {"xla_gpu_experimental_use_collective_kernels": ""}
+    if jax.__version_info__ >= (0, 12)
+    else {}
+)
 _FORMAT = 3  # of what is kept; another number makes old entries unknown
 _FILES = re.compile(r'"(?:[^"\\]|\\.)*":\d+:\d+(?: to (?:\d+)?:\d+)?')  # in a location
 

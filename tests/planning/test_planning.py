@@ -77,7 +77,7 @@ def test_target_of_each_gpu_is_complete():
     for chip, facts in planning.GPUS.items():
         topology = Cluster.parse(f"2x8:{chip}").topology()
         config = topology["target_config"]
-        assert topology["topology"] == "1x2x8"
+        assert topology["topology"] == "2x1x8", "each node a domain of NVLink"
         assert config.count("{") == config.count("}")
         assert "runtime_version" in config, "XLA refuses a target without one"
         for value in facts.values():
@@ -383,6 +383,22 @@ def test_a_slower_network_takes_longer(cuda, monkeypatch, tmp_path):
     ]
     # A ring of 4 sends 1.5 x 4 MiB; most of it is bandwidth.
     assert 5 < ends[0] / ends[1] < 10
+
+
+@pytest.mark.plan
+def test_a_tpu_slice_compiles(monkeypatch, tmp_path):
+    pytest.importorskip("libtpu", reason="the extra bagua-jax[plan] is not installed")
+    monkeypatch.setenv("BAGUA_JAX_CACHE", str(tmp_path))
+    cluster = Cluster.parse("v5e:2x2")
+    x = jax.ShapeDtypeStruct((4, 4096), jnp.float32)
+    found = planning.plan(
+        deviation, (x,), cluster, in_specs=WORKERS, network=cluster.ici()
+    )
+    assert found.bytes_inside == 2 * 4 * 4096 * 3 / 4 and found.bytes_between == 0
+    assert found.timeline is None and found.compiled.memory.total >= 2 * 4 * 4096
+    rate = 200e9  # a v5e chip's links, each way
+    assert found.communication.transfer == pytest.approx(found.bytes_inside / rate)
+    assert "XLA, which predicts no times for this chip" in str(found)
 
 
 _OPERATIONS = {

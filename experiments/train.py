@@ -32,9 +32,11 @@ __all__ = [
     "build",
     "evaluate",
     "functions",
+    "in_warmup",
     "metric_names",
     "run",
     "train",
+    "warmup_steps",
     "wire_facts",
 ]
 
@@ -409,6 +411,27 @@ def wire_facts(text: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]
     """
     if text is None:
         return None
+    steady, first = wire.count(text), wire.count(in_warmup(text))
+    facts = (
+        steady.bytes_per_worker,
+        steady.messages_per_worker,
+        first.bytes_per_worker,
+        warmup_steps(arguments),
+    )
+    return dict(zip(_WIRE, facts, strict=True))
+
+
+def warmup_steps(arguments: Mapping[str, Any]) -> int:
+    """Read how long the warm-up is from the arguments of an algorithm."""
+    return arguments.get("warmup_steps", arguments.get("start_step", 0))
+
+
+def in_warmup(text: str) -> str:
+    """Rewrite a program's text: branches of share 0, which end, are those taken.
+
+    >>> in_warmup("branch_shares(0.0,1.0)/cond branch_shares(0.75,0.25)/cond")
+    'branch_shares(1.0,0.0)/cond branch_shares(0.75,0.25)/cond'
+    """
 
     def warm(scope: re.Match) -> str:
         shares = [float(share) for share in scope[1].split(",")]
@@ -417,15 +440,7 @@ def wire_facts(text: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]
             shares = [float(i == at) for i in range(len(shares))]
         return f"branch_shares({','.join(map(repr, shares))})"
 
-    steady = wire.count(text)
-    first = wire.count(re.sub(r"branch_shares\(([^()]*)\)", warm, text))
-    facts = (
-        steady.bytes_per_worker,
-        steady.messages_per_worker,
-        first.bytes_per_worker,
-        arguments.get("warmup_steps", arguments.get("start_step", 0)),
-    )
-    return dict(zip(_WIRE, facts, strict=True))
+    return re.sub(r"branch_shares\(([^()]*)\)", warm, text)
 
 
 def run(

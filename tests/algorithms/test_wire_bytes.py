@@ -18,20 +18,27 @@ def quadratic(tree, target):
     return sum(jnp.sum((leaf - target) ** 2) for leaf in jax.tree.leaves(tree))
 
 
-def compiled(row, workers):
+def lowered(row, workers):
     loop = training(
         workers, row, start=START, loss=quadratic, tx=row.chain(workers.axis_name)
     )
-    return loop.step.lower(loop.init(), targets(workers.num_workers)).compile()
+    return loop.step.lower(loop.init(), targets(workers.num_workers))
+
+
+def compiled(row, workers):
+    return lowered(row, workers).compile()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=ids(ROWS))
-def test_compiled_bytes_are_the_stated_bytes(row):
-    counted = wire.count(compiled(row, Workers.devices(N)))
+def test_intended_and_compiled_bytes_are_the_stated_bytes(row):
+    program = lowered(row, Workers.devices(N))
+    compared = wire.compare(program, program.compile())
     size = row.options.get("bucket_bytes", buckets.DEFAULT_BUCKET_BYTES)
     nbytes, messages = row.sends(N, buckets.plan(START, size).sizes)
-    assert counted.bytes_per_worker == pytest.approx(nbytes)
-    assert counted.messages_per_worker == pytest.approx(messages)
+    for counted in (compared.intended, compared.compiled):
+        assert counted.bytes_per_worker == pytest.approx(nbytes)
+        assert counted.messages_per_worker == pytest.approx(messages)
+    assert compared.differences == {}  # payloads are such that CPU widens nothing
 
 
 @pytest.mark.parametrize(

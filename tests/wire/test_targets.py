@@ -2,6 +2,7 @@
 """Real programs: what XLA makes of them for CPU here, for H100s and for a TPU slice."""
 
 import re
+from pathlib import Path
 
 import pytest
 import wire_programs
@@ -150,6 +151,8 @@ reduce-scatter  f32        4         1  196,608         1  393,216  rewritten re
 all-gather      f32        4         1  196,608         1  196,608
 total                                2  393,216         2  589,824  +196,608 bytes"""
     )
+    page = Path(__file__).parents[2] / "docs" / "wire.md"
+    assert str(compared) in page.read_text(encoding="utf-8")
     lines = compared.table([0, 0, 1, 1]).splitlines()
     assert lines[1].split()[3:9] == ["messages", "inside", "between"] * 2
     # a ring of four over two nodes crosses at two of its four edges

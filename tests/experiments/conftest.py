@@ -75,7 +75,8 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path, capsys, monkeypatch) -> Lab:
+def lab(tmp_path, capsys, monkeypatch, devices) -> Lab:
+    del devices  # started: a command in this process does not choose their number
     own, figures = Lab(tmp_path, capsys), report._figures
     monkeypatch.setattr(report, "_figures", lambda *a: figures(*a) if own.draws else [])
     return own

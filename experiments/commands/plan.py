@@ -32,15 +32,13 @@ class Plan(base.OnConfig):
     """
 
     cluster: str = "16x8:h100"
-    """NODESxGPUS:CHIP (h100, h200, b200, a100), or a TPU slice such as v5e:4x4. Its
-    devices are the workers, whatever the config says."""
+    """NODESxGPUS:CHIP, or a TPU slice CHIP:XxY; its devices are the workers."""
     network: str = ""
-    """Networks between nodes, with commas between: presets of docs/network.md, or
-    10gbit,25gbit,100gbit where empty. A slice or a single node has its own links."""
+    """Between nodes, presets with commas: 10gbit,25gbit,100gbit where empty."""
     ports: int = 1
     """Network cards of a node, each of the named bandwidth."""
     hierarchy: bool = False
-    """Relax between nodes only, in full precision inside them. Flat where not given."""
+    """Relax between nodes only, in full precision inside them; else flat."""
 
 
 def main(command: Plan) -> int:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,17 @@ def results(lab, name: str) -> list[dict]:
 def plan(lab, *flags: str, **changes) -> tuple[int, str, str]:
     config = lab.config(output=str(lab.root / "runs"), **changes)
     return lab.main("plan", config, *flags)
+
+
+def test_help_needs_no_jax(tmp_path):
+    program = (
+        "import sys; from bagua_jax.experiments.cli import main; "
+        "status = main(['plan', 'demo', '--help']); assert 'jax' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--cluster" in done.stdout and "16x8:h100" in done.stdout
 
 
 def test_a_table_of_algorithms_and_networks(lab, compiler):

@@ -30,6 +30,8 @@ __all__ = [
     "LISTS",
     "compressor",
     "describe",
+    "optimizer",
+    "relaxation",
     "resolve",
     "topology",
     "transform",
@@ -101,6 +103,21 @@ def transform(
     """
     (algorithm,) = config.algorithms
     entry = ALGORITHMS[algorithm.name]
+    own = relaxation(config, axis_name)
+    if entry.is_optimizer:
+        return own
+    parts = (own, optimizer(config))
+    return optax.chain(*(parts if entry.placement == "gradient" else parts[::-1]))
+
+
+def relaxation(
+    config: ExperimentConfig, axis_name: AxisName
+) -> optax.GradientTransformationExtraArgs:
+    """Build the algorithm of one run, without the optimizer that it is chained with.
+
+    Args and errors are those of :func:`transform`.
+    """
+    (algorithm,) = config.algorithms
     where = f"algorithms.{algorithm.label}"
     arguments = dict(algorithm.arguments)
     if arguments.get("compressor") is not None:
@@ -112,15 +129,16 @@ def transform(
             arguments["topology"], config.workers, f"{where}.topology"
         )
     try:
-        own = entry.factory(**arguments, axis_name=axis_name)
+        factory = ALGORITHMS[algorithm.name].factory
+        return factory(**arguments, axis_name=axis_name)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
-    if entry.is_optimizer:
-        return own
-    chosen = algorithm.optimizer or config.optimizer
-    optimizer = getattr(optax, chosen.name)(chosen.learning_rate, **chosen.arguments())
-    parts = (own, optimizer) if entry.placement == "gradient" else (optimizer, own)
-    return optax.chain(*parts)
+
+
+def optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
+    """Build the optimizer that the algorithm of one run is chained with."""
+    chosen = config.algorithms[0].optimizer or config.optimizer
+    return getattr(optax, chosen.name)(chosen.learning_rate, **chosen.arguments())
 
 
 def _resolve_algorithm(

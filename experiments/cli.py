@@ -16,8 +16,8 @@ import tyro
 
 from bagua_jax.experiments import claims
 from bagua_jax.experiments import config as configs
+from bagua_jax.experiments.commands import asynchronous, plan, run, wire
 from bagua_jax.experiments.commands import list as list_
-from bagua_jax.experiments.commands import plan, run, wire
 from bagua_jax.experiments.commands.base import FAILED, USAGE, OnConfig, complain
 from bagua_jax.experiments.config import ConfigError
 from bagua_jax.experiments.folders import RunError
@@ -27,6 +27,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "run": (run.Run, run.main),
     "wire": (wire.Wire, wire.main),
+    "async": (asynchronous.Async, asynchronous.main),
     "plan": (plan.Plan, plan.main),
     "list": (list_.List, list_.main),
 }

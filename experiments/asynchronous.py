@@ -2,7 +2,8 @@
 
 A run's folder holds, for each worker::
 
-    steps-0.jsonl   starts, and every so many steps: step, seconds since 1970, mean loss
+    steps-0.jsonl   starts, stops, and every so many steps: step, seconds since 1970,
+                    mean loss
     models-0.f32    the parameters at those steps, one flat float32 vector after another
     events-0.jsonl  its exchanges; see bagua_jax.asynchrony
     log-0.txt       what the process said
@@ -58,6 +59,7 @@ class Setting(NamedTuple):
         interval_s: seconds to rest between exchanges.
         timeout_s: how long to wait for an answer.
         pace_s: seconds that a step of each worker takes at least; empty for none.
+        most_s: seconds after which a worker stops, however many steps it has taken.
     """
 
     exchange: Literal["rounds", "pairs"]
@@ -66,6 +68,7 @@ class Setting(NamedTuple):
     interval_s: float = 0.0
     timeout_s: float = 5.0
     pace_s: tuple[float, ...] = ()
+    most_s: float = math.inf
 
 
 def require_suitable(config: ExperimentConfig, setting: Setting) -> None:
@@ -165,6 +168,10 @@ class Recorder:
         """Record that the worker begins, after so many steps of its own or a peer."""
         self._write({"starts": steps, "seconds": time.time()})
 
+    def stop(self, steps: int) -> None:
+        """Record that the worker takes no more steps, and goes on mixing."""
+        self._write({"stops": steps, "seconds": time.time()})
+
     def step(self, steps: int, loss: float, params: Any) -> None:
         """Record a step.
 
@@ -200,6 +207,7 @@ def work(
     worker: int,
     folder: Path,
     secret: bytes,
+    recorded: Callable[[Any], Any] = lambda params: params,
 ) -> dict[str, Any]:
     """Be one worker of a run, to its last step, and until the others have finished.
 
@@ -213,9 +221,10 @@ def work(
         worker: which this is.
         folder: of the run.
         secret: by which pairs know one another.
+        recorded: the part of the parameters that is written down.
 
     Returns:
-        Steps, exchanges, and what pairs refused, by reason.
+        Steps taken, and what pairs refused, by reason.
 
     Raises:
         Diverged: if the loss stops being finite.
@@ -231,10 +240,12 @@ def work(
         with mixing:
             train.steps = replica.steps
             recorder.start(replica.steps)
-            while replica.steps < config.steps:
+            until = time.monotonic() + setting.most_s
+            while replica.steps < config.steps and time.monotonic() < until:
                 loss = replica.step(paced(train, pace))
-                recorder.step(replica.steps, float(loss), replica.params)
-    recorder.now(replica.steps, replica.params)
+                recorder.step(replica.steps, float(loss), recorded(replica.params))
+            recorder.stop(replica.steps)
+    recorder.now(replica.steps, recorded(replica.params))
     refused = dict(getattr(mixing, "refused", {}))
     return {"steps": replica.steps, "refused": refused}
 
@@ -395,13 +406,13 @@ def replay(
             params, _compressor(setting), config.seed
         )
         mix = arithmetic.replayed()
-    steps = dict.fromkeys(range(n), config.steps)
-    asynchrony.replay(events, replicas, lambda w, x: trainers[w](x)[0], mix, steps)
     size = ravel_pytree(params)[0].size
+    ends = {worker: _records(folder, worker, size)[-1] for worker in range(n)}
+    steps = {worker: end.steps for worker, end in ends.items()}
+    asynchrony.replay(events, replicas, lambda w, x: trainers[w](x)[0], mix, steps)
     return max(
-        float(np.max(np.abs(ravel_pytree(replicas[w].params)[0] - last.model)))
+        float(np.max(np.abs(ravel_pytree(replicas[w].params)[0] - ends[w].model)))
         for w in range(n)
-        for last in _records(folder, w, size)[-1:]
     )
 
 

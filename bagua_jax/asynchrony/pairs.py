@@ -232,7 +232,8 @@ class PairGossip:
         timeout_s: how long to wait for an answer. A peer that gives none is left alone
             for as long. It must exceed the time a payload takes.
         patience_s: how long a first worker waits for the others to start.
-        seed: of the choice of peers, and of a stochastic compressor's draws.
+        seed: of what a stochastic compressor draws. Who meets whom, and when, is not
+            repeatable: the log says it.
 
     Raises:
         ImportError: if pyzmq is not installed.
@@ -303,7 +304,7 @@ class PairGossip:
         self._neighbours, self._others, self._log = asked, others, log
         self._interval_s, self._timeout_s = interval_s, timeout_s
         self._patience_s = patience_s
-        self._random = random.Random(f"{seed} {worker} {secrets.randbits(32)}")
+        self._random = random.Random()
 
         params, _ = replica.snapshot()
         self._arithmetic = PairArithmetic(params, compressor, seed)

@@ -1,5 +1,6 @@
 """``bagua-jax async``: train with workers that wait for nobody, each a process."""
 
+import math
 import os
 import secrets
 import shutil
@@ -45,6 +46,8 @@ class Async(base.OnConfig):
     """Seconds to wait for a peer; more than a model takes on the network."""
     pace: tuple[float, ...] = ()
     """Seconds that a step of each worker takes at least: so stragglers are imitated."""
+    seconds: float | None = None
+    """Stop every worker after so many seconds, however many steps it has taken."""
     restarts: int = 3
     """How often workers of pairs are started again after they were killed."""
     replay: bool = False
@@ -110,6 +113,7 @@ def _setting(command: Async, addresses: tuple[str, ...]):
         command.interval,
         command.timeout,
         command.pace,
+        math.inf if command.seconds is None else command.seconds,
     )
 
 
@@ -188,6 +192,7 @@ def _train(command: Async, run: ExperimentConfig, setting, folder: Path, console
     words += ["--addresses", *setting.addresses]
     words += ["--compressor", command.compressor] if command.compressor else []
     words += ["--pace", *map(str, command.pace)] if command.pace else []
+    words += ["--seconds", str(command.seconds)] if command.seconds else []
     compiled = {  # by the first worker, read by the others and by one that comes back
         "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -125,12 +125,13 @@ def table(rows: Sequence[Row], cluster: Cluster) -> Table:
         A table; ``*`` marks what a model finds fastest on a network.
     """
     timed = cluster.has_timeline
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("algorithm", "inside", "between", "memory", "network"):
-        right = name in ("inside", "between", "memory")
-        shown.add_column(name, justify="right" if right else "left", no_wrap=True)
-    columns = "XLA's model\nstep ms", "\nexposed ms", "network model\nstep ms"
-    for name in columns if timed else ("network model\ncommunication ms", "async"):
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown.add_column("algorithm", overflow="fold")  # the one that may be squeezed
+    for name in ("inside", "between", "memory"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("network", no_wrap=True)
+    columns = "XLA:\nstep ms", "\nexposed", "network:\nstep ms"
+    for name in columns if timed else ("network:\nms", "async"):
         shown.add_column(name, justify="right", no_wrap=True)
     best = {(r.network, m): r for m in _MODELS for r in _fastest(rows, m)}
     last = ""

@@ -121,15 +121,15 @@ def _caption(cluster: "Cluster") -> str:
     )
     if not cluster.has_timeline:
         return sent + (
-            "network model: alpha-beta, one collective after the other; XLA predicts "
-            "no times for this chip, so there is no compute and no overlap; async says "
+            "network: ms of communication, alpha-beta, one collective after the other. "
+            "XLA predicts no times for this chip: neither compute nor overlap. async: "
             "how many collectives XLA lets run beside other work. *: fastest."
         )
     return sent + (
-        "XLA's model: its schedule and costs; of a step, exposed waits for "
-        "collectives. network model: alpha-beta, nothing hidden, and XLA's compute. "
-        "*: fastest by that model. Constants are in the JSON. Compare algorithms on "
-        "one cluster, never clusters."
+        "XLA: its schedule and costs, ms; of a step, exposed waits for collectives. "
+        "network: alpha-beta, nothing hidden, and XLA's compute. *: fastest by that "
+        "model. Constants are in the JSON. Compare algorithms on one cluster, never "
+        "clusters."
     )
 
 

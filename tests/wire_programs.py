@@ -117,6 +117,10 @@ def overlapped(x):
     return products.ravel() + gathered
 
 
+def two_levels(x):
+    return primitives.c_fp_s(x, axis_name=("node", "local"))
+
+
 ELSEWHERE: dict[str, tuple[Callable, ...]] = {
     "8:h100": (
         four_sums,
@@ -141,18 +145,21 @@ ELSEWHERE: dict[str, tuple[Callable, ...]] = {
         every_fourth,
         overlapped,
     ),
+    "16x8:h100": (two_levels,),
 }
-WORKERS = {"8:h100": 8, "v5e:2x2": 4}
+WORKERS = {"8:h100": 8, "v5e:2x2": 4, "16x8:h100": (16, 8)}
 
 
 def dtype(fn: Callable):
     return jnp.bfloat16 if "bf16" in fn.__name__ else jnp.float32
 
 
-def lower(fn: Callable, n: int = 8, platform: str = "cpu") -> jax.stages.Lowered:
-    """Lower a program of n workers that are nowhere."""
+def lower(
+    fn: Callable, n: int | tuple[int, int] = 8, platform: str = "cpu"
+) -> jax.stages.Lowered:
+    """Lower a program of workers that are nowhere: n, or (nodes, workers of each)."""
     workers = Workers.abstract(n)
-    x = jax.ShapeDtypeStruct((n, D), dtype(fn))
+    x = jax.ShapeDtypeStruct((workers.num_workers, D), dtype(fn))
     program = workers.spmd(fn, in_specs=workers.spec)
     args = workers.placed((x,), workers.spec)
     return program.trace(*args).lower(lowering_platforms=(platform,))

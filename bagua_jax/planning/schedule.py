@@ -102,9 +102,11 @@ def read_schedule(text: str) -> Schedule:
         if i["opcode"] == "async-start":
             inner = wrapped.get(i["calls"][0], {"opcode": "async"})
             return f"{inner['opcode']}-start"
-        if i["opcode"] in ("async-update", "async-done"):
+        if i["opcode"] == "async-done":
             start = by_id[i["operands"][0]]
-            return opcode(start).replace("-start", i["opcode"].removeprefix("async"))
+            return opcode(start).replace("-start", "-done")
+        if i["opcode"] == "async-update":
+            raise ValueError(f"read_schedule: the form of {i['name']} is not known.")
         return i["opcode"]
 
     def cost(i: dict[str, Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -240,17 +241,14 @@ def _own(computation: Computation) -> _Times:
         return _Times(sum(max(c, 1.0) for c in costs), sum(costs), 0.0, calls, ())
     at = {i.name: k for k, i in enumerate(order)}
     lengths = np.array([i.end - i.start for i in order])
-    gaps = np.array([0.0] + [b.start - a.end for a, b in zip(order, order[1:])])  # noqa: B905
+    gaps = np.array([0.0] + [b.start - a.end for a, b in pairwise(order)])
     in_flight = np.zeros(len(order), bool)
     collectives = []
     for b, done in enumerate(order):
-        a = at.get(done.operands[0], -1) if done.operands else -1
         if not done.opcode.endswith("-done") or not done.opcode.startswith(_KINDS):
             continue
+        a = at[done.operands[0]]
         start = order[a]
-        while start.opcode.endswith("-update"):
-            a = at[start.operands[0]]
-            start = order[a]
         window = done.start - start.end
         collectives.append(
             ScheduledCollective(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bagua_jax.marks import mark
+
 __all__ = ["DEFAULT_BUCKET_BYTES", "Plan", "plan"]
 
 DEFAULT_BUCKET_BYTES = 10 * 2**20  # 10 MiB, as BAGUA
@@ -64,7 +66,7 @@ class Plan(NamedTuple):
             return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
         return tuple(
-            join([jnp.ravel(values[index]) for index in bucket])
+            mark(join([jnp.ravel(values[index]) for index in bucket]))
             for bucket in self.buckets
         )
 

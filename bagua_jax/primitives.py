@@ -22,6 +22,7 @@ from jax import lax
 
 from bagua_jax import schedules
 from bagua_jax.compressors import Compressor, Payload
+from bagua_jax.marks import mark
 from bagua_jax.topologies import MixingStep, Topology
 
 __all__ = [
@@ -581,6 +582,7 @@ def _scatter_reduce(x, compressor, errors, axis, padding, key):
         mean = mean + _take_part(errors.owner, index, length, n, padding)
     if padding == "zero" and n * length != total:
         mean = jnp.where(index * length + jnp.arange(length) < total, mean, 0)
+    mean = mark(mean)
     payload = encode(mean[None], to_all)
     if errors.owner is not None:
         unsent = mean - decode(payload)[0]

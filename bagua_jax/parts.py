@@ -1,0 +1,527 @@
+"""A training step as several programs: exchanges apart from the compute around them.
+
+XLA runs a CPU program one operation after the other: while it exchanges, it computes
+nothing, and it fuses what would be faster apart. :func:`split` cuts a step where it
+communicates, and where the library marked a place (a bucket that is packed, a mean that
+is about to be compressed). Exchanges then run on a thread of their own, in one order on
+all workers, while the step's other parts compute: that of the last layers' gradients
+overlaps the rest of the backward pass. The arithmetic, and so the result, is unchanged.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import Literal as Constant
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bagua_jax.marks import is_mark
+from bagua_jax.wire import WireCount, count
+from bagua_jax.workers import Workers
+
+__all__ = ["Part", "Split", "split"]
+
+_SAME = P()  # equal on all workers
+_EXCHANGE = re.compile(
+    r"(unreduced_)?(p(sum|max|min|permute|broadcast)|psum_invariant|all_gather|"
+    r"all_to_all|ragged_all_to_all|reduce_scatter|psum_scatter|psend|precv)"
+    r"(_invariant|_reduced|_scatter|2)*(_start|_p)?"
+)
+
+
+class Part(NamedTuple):
+    """One program of a step."""
+
+    kind: Literal["compute", "exchange"]
+    program: Any  # of global arrays; jitted
+    reads: tuple[int, ...]  # numbers of the values it takes
+    makes: tuple[int, ...]  # and gives
+    frees: tuple[int, ...]  # nobody needs them afterwards
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+
+
+class _Operation(NamedTuple):
+    """An equation of the step, its values numbered."""
+
+    equation: Any
+    reads: tuple[Any, ...]  # a number, or a constant
+    makes: tuple[int, ...]
+    path: tuple[int, ...]  # where it stands: positions in nested jaxprs
+
+    @property
+    def numbers(self) -> list[int]:
+        return [v for v in self.reads if isinstance(v, int)]
+
+
+class _Flat(NamedTuple):
+    """A step as one list of operations, its branches chosen."""
+
+    operations: tuple[_Operation, ...]
+    types: tuple[Any, ...]  # of each value
+    inputs: tuple[int, ...]
+    outputs: tuple[Any, ...]
+    constants: dict[int, Any]  # arrays that the step closes over
+    cuts: dict[int, tuple[int, ...]]  # values that end a program, and with which others
+
+
+def split(workers: Workers, fn: Callable[..., Any], in_specs: Any = _SAME) -> "Split":
+    """Compile a per-worker function as several programs that overlap.
+
+    A drop-in for ``workers.spmd(fn, in_specs)``, for workers on devices. Worth its
+    while on CPU with one worker a process, where exchanges then overlap with compute;
+    on GPU and TPU XLA does that inside one program.
+
+    The function is traced to its operations and cut at every exchange and at every
+    mark. Operations between cuts are compiled together, each before the first exchange
+    that needs it. A branch around an exchange is chosen on the host: its condition is
+    computed first, so that the parts of the branch that is taken are known. (Loops
+    around exchanges, and branches whose condition needs an exchange, stay one part.)
+    Exchanges run on one thread, in an order that the function alone determines, where
+    this process has one device; else everything runs in turn.
+
+    Args:
+        workers: on devices, one device a worker.
+        fn: per-worker function of positional arguments, as for ``Workers.spmd``.
+        in_specs: as for ``Workers.spmd``.
+
+    Returns:
+        A function of the boundary's arrays, which waits for its results.
+
+    Raises:
+        ValueError: if workers are simulated or are groups of devices; when called, as
+            ``Workers.spmd``.
+
+    Communication:
+        What the function communicates; but psums that XLA would combine stay separate
+        messages.
+
+    Differences from one program:
+        None in the arithmetic that the function states. Results are equal bit for bit
+        unless XLA chooses otherwise which products and sums to contract into one
+        rounding, as it does for the moments of ``qadam``: then they differ by it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bagua_jax import Workers, primitives
+        >>> workers = Workers.devices(1)
+        >>> def step(x):
+        ...     return x - primitives.c_fp_s(x, axis_name="workers")
+        >>> program = split(workers, step, in_specs=workers.spec)
+        >>> program(jnp.ones((1, 3))).tolist()
+        [[0.0, 0.0, 0.0]]
+        >>> [part.kind for part in program.parts(jnp.ones((1, 3)))]
+        ['compute', 'exchange', 'compute']
+    """
+    mesh = workers.mesh
+    if not isinstance(mesh, Mesh) or len(mesh.axis_names) != len(workers.axes):
+        raise ValueError(
+            "parts.split: workers must be on devices, one device each; got "
+            f"{'simulated workers' if mesh is None else mesh}. Use Workers.devices(), "
+            "or Workers.spmd, which compiles one program."
+        )
+    return Split(workers, fn, in_specs)
+
+
+class Split:
+    """A step in several programs; see :func:`split`."""
+
+    def __init__(self, workers: Workers, fn: Callable[..., Any], in_specs: Any):
+        self._workers, self._fn, self._in_specs = workers, fn, in_specs
+        self._traced: dict[Any, _Traced] = {}
+        mesh = workers.mesh
+        assert isinstance(mesh, Mesh)
+        self._thread = None
+        if len(mesh.local_devices) == 1:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the step; the result is ready."""
+        leaves, structure = jax.tree.flatten(args)
+        parts, flat, out_structure = self._plan(args, leaves, structure)
+        values: dict[int, Any] = dict(flat.constants)
+        values.update(zip(flat.inputs, leaves, strict=True))
+
+        def run(part: Part, inputs: list[Any]) -> list[Any]:
+            return part.program(*map(_ready, inputs))
+
+        def exchange(part: Part, inputs: list[Any]) -> list[Any]:
+            # Ready before and after: never two exchanges on the way.
+            inputs = jax.block_until_ready([_ready(x) for x in inputs])
+            return jax.block_until_ready(part.program(*inputs))
+
+        for part in parts:
+            inputs = [values[i] for i in part.reads]
+            if part.kind == "exchange" and self._thread is not None:
+                future = self._thread.submit(exchange, part, inputs)
+                made = [_Later(future, k) for k in range(len(part.makes))]
+            else:
+                made = (exchange if part.kind == "exchange" else run)(part, inputs)
+            values.update(zip(part.makes, made, strict=True))
+            for i in part.frees:
+                del values[i]
+        results = [_ready(values[v]) if isinstance(v, int) else v for v in flat.outputs]
+        return jax.block_until_ready(jax.tree.unflatten(out_structure, results))
+
+    def parts(self, *args: Any) -> tuple[Part, ...]:
+        """Give the programs that these arguments would run, in order."""
+        leaves, structure = jax.tree.flatten(args)
+        return self._plan(args, leaves, structure)[0]
+
+    def count(self, *args: Any) -> WireCount:
+        """Count what a step of these arguments sends, from its compiled programs."""
+        programs = [
+            part.program.lower(*part.arguments).compile()
+            for part in self.parts(*args)
+            if part.kind == "exchange"
+        ]
+        return WireCount(tuple(c for p in programs for c in count(p).collectives))
+
+    def _plan(self, args, leaves, structure):
+        key = (
+            structure,
+            tuple((np.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves),
+        )
+        if key not in self._traced:
+            self._traced[key] = _Traced(self._workers, self._fn, self._in_specs, args)
+        traced = self._traced[key]
+        return *traced.plan(leaves), traced.out_structure
+
+
+class _Later(NamedTuple):
+    """One result of a program that a thread runs."""
+
+    future: Future
+    index: int
+
+
+def _ready(value: Any) -> Any:
+    """Wait for a value that a thread makes."""
+    if isinstance(value, _Later):
+        return value.future.result()[value.index]
+    return value
+
+
+class _Traced:
+    """A function traced for arguments of one kind, and its plans by branches taken."""
+
+    def __init__(self, workers: Workers, fn, in_specs, args):
+        self._workers = workers
+        specs = workers._flat_specs(args, in_specs, "parts.split")
+        out_specs = workers._trace(fn, args, specs)
+        outer = jax.make_jaxpr(
+            lambda *a: workers._sharded(fn, a, specs, out_specs), return_shape=True
+        )(*args)
+        closed, shapes = outer
+        self.out_structure = jax.tree.structure(shapes)
+        (mapped,) = (e for e in closed.jaxpr.eqns if e.primitive.name == "shard_map")
+        self._jaxpr = mapped.params["jaxpr"]
+        known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        order = {v: k for k, v in enumerate(closed.jaxpr.invars)}
+        # What goes in: an argument, by its position, or a constant.
+        self._positions = [
+            None if isinstance(v, Constant) else order.get(v) for v in mapped.invars
+        ]
+        self._values = [
+            v.val if isinstance(v, Constant) else known.get(v) for v in mapped.invars
+        ]
+        self._results = [mapped.outvars.index(v) for v in closed.jaxpr.outvars]
+        self._num_inputs = len(closed.jaxpr.invars)
+        self._flat: dict[tuple, _Flat] = {}
+        self._plans: dict[tuple, tuple[Part, ...]] = {}
+        self._predicates: dict[tuple, Any] = {}
+
+    def plan(self, leaves) -> tuple[tuple[Part, ...], _Flat]:
+        """Choose the branches for these arguments; give the parts to run."""
+        choices: dict[tuple[int, ...], int] = {}
+        while True:
+            key = tuple(sorted(choices.items()))
+            if key not in self._flat:
+                self._flat[key] = self._flatten(choices)
+            flat = self._flat[key]
+            open_branches = _open_branches(flat)
+            if not open_branches:
+                break
+            if key not in self._predicates:
+                wanted = [op.reads[0] for op in open_branches]
+                self._predicates[key] = self._schedule(flat, wanted)
+            parts = self._predicates[key]
+            values = dict(flat.constants) | dict(zip(flat.inputs, leaves, strict=True))
+            for part in parts:
+                made = part.program(*(values[i] for i in part.reads))
+                values.update(zip(part.makes, made, strict=True))
+            for op in open_branches:
+                index = values[op.reads[0]]
+                if isinstance(index, jax.Array):
+                    index = index.addressable_data(0)
+                last = len(op.equation.params["branches"]) - 1
+                choices[op.path] = int(np.clip(np.asarray(index).ravel()[0], 0, last))
+        if key not in self._plans:
+            self._plans[key] = self._schedule(flat, flat.outputs)
+        return self._plans[key], flat
+
+    # --- one list of operations ---
+
+    def _flatten(self, choices) -> _Flat:
+        operations: list[_Operation] = []
+        types: list[Any] = []
+        constants: dict[int, Any] = {}
+        cuts: dict[int, tuple[int, ...]] = {}
+
+        def cut(values) -> None:
+            together = tuple(v for v in values if isinstance(v, int))
+            cuts.update(dict.fromkeys(together, together))
+
+        def new(aval) -> int:
+            types.append(aval)
+            return len(types) - 1
+
+        def inline(jaxpr, consts, arguments, path) -> list[Any]:
+            env: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
+            for var, value in zip(jaxpr.constvars, consts, strict=True):
+                env[var] = new(var.aval)
+                constants[env[var]] = value
+
+            def read(v):
+                return v if isinstance(v, Constant) else env[v]
+
+            for k, eqn in enumerate(jaxpr.eqns):
+                here, reads = (*path, k), [read(v) for v in eqn.invars]
+                inner = None
+                if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+                    if _is_cut_inside(eqn):
+                        inner, inputs = eqn.params["jaxpr"], reads
+                elif eqn.primitive.name == "cond" and here in choices:
+                    inner = eqn.params["branches"][choices[here]]
+                    inputs = reads[1:]
+                if inner is not None:
+                    is_branch = eqn.primitive.name == "cond"
+                    if is_branch:  # XLA fuses nothing across its ends
+                        cut(inputs)
+                    made = inline(inner.jaxpr, inner.consts, inputs, here)
+                    if is_branch:
+                        cut(made)
+                elif is_mark(eqn):
+                    made = reads
+                    cut(made)
+                else:
+                    made = [new(v.aval) for v in eqn.outvars]
+                    op = _Operation(eqn, tuple(reads), tuple(made), here)
+                    operations.append(op)
+                env.update(zip(eqn.outvars, made, strict=True))
+            return [read(v) for v in jaxpr.outvars]
+
+        inputs = [-1] * self._num_inputs
+        arguments = []
+        for var, value, position in zip(
+            self._jaxpr.invars, self._values, self._positions, strict=True
+        ):
+            number = new(var.aval)
+            arguments.append(number)
+            if position is None:
+                constants[number] = value
+            else:
+                inputs[position] = number
+        outputs = inline(self._jaxpr, [], arguments, ())
+        outputs = [outputs[k] for k in self._results]
+        for k, number in enumerate(inputs):
+            if number < 0:  # an argument that the function does not read
+                inputs[k] = new(None)
+        return _Flat(
+            tuple(operations),
+            tuple(types),
+            tuple(inputs),
+            tuple(outputs),
+            constants,
+            cuts,
+        )
+
+    # --- which operations run together, and when ---
+
+    def _schedule(self, flat: _Flat, wanted: Sequence[Any]) -> tuple[Part, ...]:
+        ops = flat.operations
+        maker = {v: k for k, op in enumerate(ops) for v in op.makes}
+        needed = _ancestors(ops, maker, wanted)
+        exchanges = [k for k in needed if _is_exchange(ops[k].equation)]
+        behind: dict[int, frozenset[int]] = {}  # exchanges that an operation needs
+        fixed: set[int] = set()  # operations that need no input: repeated, not passed
+        given = {*flat.inputs, *flat.constants}
+        for k in needed:
+            before = [maker[v] for v in ops[k].numbers if v in maker]
+            own = {k} if k in exchanges else set()
+            behind[k] = frozenset(own.union(*(behind[b] for b in before)))
+            if not own and not given & set(ops[k].numbers) and fixed.issuperset(before):
+                fixed.add(k)
+        depth: dict[int, int] = {}
+        for k in exchanges:
+            depth[k] = 1 + max((depth[e] for e in behind[k] - {k}), default=0)
+        exchanges.sort(key=lambda k: (depth[k], k))
+
+        groups: list[tuple[str, list[int]]] = []
+        done = set(fixed)
+
+        def compute(values: Iterable[Any]) -> None:
+            """Compute values, up to one cut after the other."""
+            missing = _ancestors(ops, maker, values, done)
+            for k in missing:
+                for v in ops[k].makes:
+                    if v in flat.cuts and k not in done:
+                        makers = (maker.get(other) for other in flat.cuts[v])
+                        ends = [m for m in makers if m in missing]
+                        made = [v for m in ends for v in ops[m].makes]
+                        take(_ancestors(ops, maker, made, done))
+            take([k for k in missing if k not in done])
+
+        def take(group: list[int]) -> None:
+            if group:
+                groups.append(("compute", group))
+                done.update(group)
+
+        for k in exchanges:
+            compute(ops[k].numbers)
+            groups.append(("exchange", [k]))
+            done.add(k)
+        position = {k: i for i, k in enumerate(exchanges)}
+        ends: dict[tuple[int, ...], list[Any]] = {}
+        for v in wanted:
+            if isinstance(v, int) and v in maker:
+                seen = sorted(position[e] for e in behind[maker[v]])
+                ends.setdefault(tuple(reversed(seen)), []).append(v)
+        for _, values in sorted(ends.items(), key=lambda end: end[0]):
+            compute(values)
+
+        return self._compile(flat, groups, fixed, maker, wanted)
+
+    def _compile(self, flat, groups, fixed, maker, wanted) -> tuple[Part, ...]:
+        ops = flat.operations
+        bodies, reads, makes = [], [], []
+        for _, group in groups:
+            inside = [v for k in group for v in ops[k].numbers]
+            free = [maker[v] for v in inside if maker.get(v) in fixed]
+            extra = _ancestors(ops, maker, [v for k in free for v in ops[k].makes])
+            body = sorted({*group, *extra})
+            own = {v for k in body for v in ops[k].makes}
+            used = dict.fromkeys(v for k in body for v in ops[k].numbers)
+            bodies.append(body)
+            reads.append([v for v in used if v not in own])
+            makes.append([v for k in group for v in ops[k].makes])
+        result = {v for v in wanted if isinstance(v, int)}
+        loose = [v for v in result if maker.get(v) in fixed]
+        if loose:  # results that depend on nothing
+            body = _ancestors(ops, maker, loose)
+            groups, bodies = [*groups, ("compute", body)], [*bodies, body]
+            reads, makes = [*reads, []], [*makes, loose]
+        alive = {v for r in reads for v in r} | result
+        whole = {*flat.inputs, *flat.constants, *result}
+        parts, after = [], set(result)
+        for (kind, _), body, r, m in reversed(
+            list(zip(groups, bodies, reads, makes, strict=True))
+        ):
+            m = [v for v in m if v in alive]
+            frees = [v for v in r if v not in after]
+            parts.append(self._part(kind, flat, body, r, m, frees, whole))
+            after.update(r)
+        return tuple(reversed(parts))
+
+    def _part(self, kind, flat, body, reads, makes, frees, whole) -> Part:
+        axes, mesh = self._workers.axes, self._workers.mesh
+        assert mesh is not None
+
+        def varies(v) -> bool:
+            return bool(set(flat.types[v].mat.varying) & set(axes))
+
+        def spec(v) -> P:
+            return self._workers.spec if varies(v) else P()
+
+        def is_stacked(v) -> bool:  # the step's own arguments and results are already
+            return varies(v) and v not in whole
+
+        def program(*values):
+            env = {
+                v: x[0] if is_stacked(v) else x
+                for v, x in zip(reads, values, strict=True)
+            }
+            for k in body:
+                op = flat.operations[k]
+                inputs = [env[v] if isinstance(v, int) else v.val for v in op.reads]
+                env.update(zip(op.makes, _evaluate(op.equation, inputs), strict=True))
+            return [env[v][None] if is_stacked(v) else env[v] for v in makes]
+
+        mapped = jax.shard_map(
+            program,
+            mesh=mesh,
+            in_specs=tuple(map(spec, reads)),
+            out_specs=[spec(v) for v in makes],
+        )
+        n = self._workers.num_workers
+
+        def struct(v) -> jax.ShapeDtypeStruct:
+            shape, dtype = flat.types[v].shape, flat.types[v].dtype
+            if varies(v):
+                shape = (n, *(shape[1:] if v in whole else shape))
+            return jax.ShapeDtypeStruct(
+                shape, dtype, sharding=NamedSharding(mesh, spec(v))
+            )
+
+        arguments = tuple(map(struct, reads))
+        return Part(
+            kind, jax.jit(mapped), tuple(reads), tuple(makes), tuple(frees), arguments
+        )
+
+
+def _evaluate(eqn: Any, inputs: list[Any]) -> list[Any]:
+    """Run one equation again, under the names that it was traced with."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with jax.named_scope(str(eqn.source_info.name_stack)), eqn.ctx.manager:
+        out = eqn.primitive.bind(*inputs, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _ancestors(ops, maker, values, done: Collection[int] = ()) -> list[int]:
+    """Operations that values need and that are not done, in order."""
+    found: set[int] = set()
+    stack = [maker[v] for v in values if isinstance(v, int) and v in maker]
+    while stack:
+        k = stack.pop()
+        if k not in found and k not in done:
+            found.add(k)
+            stack += [maker[v] for v in ops[k].numbers if v in maker]
+    return sorted(found)
+
+
+def _open_branches(flat: _Flat) -> list[_Operation]:
+    """Branches around exchanges whose condition can be known before any exchange."""
+    late: set[int] = set()  # values that need an exchange
+    found = []
+    for op in flat.operations:
+        is_late = not late.isdisjoint(op.numbers)
+        if op.equation.primitive.name == "cond" and _is_cut_inside(op.equation):
+            if op.reads[0] not in late:
+                found.append(op)
+        if is_late or _is_exchange(op.equation):
+            late.update(op.makes)
+    return found
+
+
+def _is_exchange(eqn: Any) -> bool:
+    name = eqn.primitive.name
+    return bool(_EXCHANGE.fullmatch(name)) or any(
+        _is_exchange(inner) for inner in _inner(eqn)
+    )
+
+
+def _is_cut_inside(eqn: Any) -> bool:
+    return any(is_mark(e) or _is_exchange(e) or _is_cut_inside(e) for e in _inner(eqn))
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """Equations of the functions that an equation calls."""
+    called = []
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else [value]:
+            jaxpr = getattr(part, "jaxpr", part)
+            called += getattr(jaxpr, "eqns", [])
+    return called

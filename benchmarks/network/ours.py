@@ -1,0 +1,122 @@
+"""bagua_jax's side: a worker that trains as it is told; see `versus_ddp`."""
+
+import time
+from typing import Any, NamedTuple
+
+from benchmarks.network import problem, process
+
+LOCAL_STEPS = 8
+
+
+class Case(NamedTuple):
+    """One way to train."""
+
+    algorithm: str
+    options: dict[str, Any] = {}
+    split: bool = True  # by bagua_jax.parts; else one program
+
+
+BUCKETS = {"bucket_bytes": 6 * 2**20}
+CASES = {
+    "gradient_allreduce": Case("gradient_allreduce"),
+    "f16": Case("compressed_mean", {"compressor": "cast('float16')"}),
+    "bytegrad": Case("bytegrad", BUCKETS),
+    "qadam": Case("qadam", {"warmup_steps": 6, **BUCKETS}),
+    "decentralized": Case("decentralized", {"topology": "one_peer_exponential"}),
+    "low_precision_decentralized": Case("low_precision_decentralized", BUCKETS),
+    "local_sgd": Case("local_sgd", {"local_steps": LOCAL_STEPS}),
+    "powersgd1": Case("powersgd", {"rank": 1}),
+    "powersgd2": Case("powersgd", {"rank": 2}),
+    "powersgd4": Case("powersgd", {"rank": 4}),
+}
+CASES |= {
+    f"{name}, one program": CASES[name]._replace(split=False)
+    for name in ("gradient_allreduce", "f16", "bytegrad", "powersgd1")
+}
+
+
+class Trainer:
+    """One case under way: parameters, optimizer and step."""
+
+    def __init__(self, case: Case, images: problem.Images) -> None:
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        from bagua_jax import Workers, algorithms, compressors, parts, worker_local
+
+        self._jax, self._images, self._count = jax, images, 0
+        self._workers = workers = Workers.devices()
+        options = dict(case.options)
+        if options.get("compressor") == "cast('float16')":
+            options["compressor"] = compressors.cast("float16")
+        entry = algorithms.REGISTRY[case.algorithm]
+        if entry.is_optimizer:
+            tx = entry.factory(problem.ADAM_RATE, axis_name="workers", **options)
+        else:
+            both = [
+                entry.factory(axis_name="workers", **options),
+                optax.sgd(problem.RATE),
+            ]
+            tx = optax.chain(*(both[::-1] if entry.own_params else both))
+
+        def loss_fn(params, images, labels):
+            x = images
+            for k, (kernel, bias) in enumerate(params):
+                x = x @ kernel + bias
+                x = jax.nn.relu(x) if k < len(params) - 1 else x
+            losses = optax.softmax_cross_entropy_with_integer_labels(x, labels)
+            return losses.mean()
+
+        def init(params):
+            if entry.own_params:
+                params = worker_local(params, "workers")
+            return params, tx.init(params)
+
+        def train_step(state, images, labels):
+            params, inner = state
+            local = worker_local(params, "workers")
+            loss, grads = jax.value_and_grad(loss_fn)(local, images, labels)
+            updates, inner = tx.update(grads, inner, params)
+            return (optax.apply_updates(params, updates), inner), loss
+
+        first = jax.tree.map(jnp.asarray, problem.first_weights())
+        specs = (workers.specs(init, first), workers.spec, workers.spec)
+        compile_step = parts.split if case.split else Workers.spmd
+        self._step = compile_step(workers, train_step, in_specs=specs)
+        self._state = workers.spmd(init)(first)
+        self._loss = jax.jit(loss_fn)
+
+        def average(state):
+            local = worker_local(state[0], "workers")
+            mean = lambda x: jax.lax.pmean(x, "workers")  # noqa: E731
+            return jax.tree.map(mean, local)
+
+        self._average = workers.spmd(average, in_specs=(specs[0],))
+
+    def steps(self, count: int) -> list[float]:
+        """Train; give the seconds of each step. Batches are drawn outside of them."""
+        seconds = []
+        for _ in range(count):
+            local = self._images.batch(process.worker(), self._count)
+            batch = [
+                process.global_array(x, self._workers.spec, self._workers.mesh)
+                for x in local
+            ]
+            start = time.perf_counter()
+            self._state, _ = self._step(self._state, *batch)
+            seconds.append(time.perf_counter() - start)
+            self._count += 1
+        return seconds
+
+    def held_out_loss(self) -> float:
+        """Give the loss of the mean model on the held-out images."""
+        mean = self._jax.tree.map(
+            lambda x: x.addressable_data(0), self._average(self._state)
+        )
+        return float(self._loss(mean, *self._images.held_out))
+
+
+def connect() -> None:
+    """Join the other workers."""
+    process.connect_jax()

@@ -1,0 +1,147 @@
+"""A step in several programs: the same numbers, the same wire, exchanges apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bagua_jax import Workers, compressors, parts, primitives, wire, worker_local
+from bagua_jax.algorithms import REGISTRY
+
+N, STEPS = 4, 5
+CASES = {  # algorithm, options, whether XLA contracts alike on both sides
+    "gradient_allreduce": ("gradient_allreduce", {}, True),
+    "f16": ("compressed_mean", {"compressor": compressors.cast("float16")}, True),
+    "bytegrad": ("bytegrad", {"bucket_bytes": 256, "error_feedback": "both"}, True),
+    "qadam": ("qadam", {"learning_rate": 0.01, "warmup_steps": 2}, False),
+    "decentralized": ("decentralized", {"topology": "one_peer_exponential"}, True),
+    "local_sgd": ("local_sgd", {"local_steps": 2}, True),
+    "powersgd": ("powersgd", {"rank": 2}, True),
+}
+
+
+def prepare(name):
+    """Give the workers, the first state, the step and its specs."""
+    algorithm, options, _ = CASES[name]
+    workers, entry = Workers.devices(N), REGISTRY[algorithm]
+    tx = entry.factory(axis_name="workers", **options)
+    if not entry.is_optimizer:
+        both = [tx, optax.sgd(0.1, momentum=0.9)]
+        tx = optax.chain(*(both[::-1] if entry.own_params else both))
+
+    def init():
+        keys = jax.random.split(jax.random.key(0), 3)
+        shapes = {"a": (8, 16), "b": (16,), "c": (16, 4)}
+        params = {
+            k: jax.random.normal(key, shape)
+            for key, (k, shape) in zip(keys, shapes.items(), strict=True)
+        }
+        if entry.own_params:
+            params = worker_local(params, "workers")
+        return params, tx.init(params)
+
+    def loss_fn(params, x):
+        hidden = jnp.tanh(x @ params["a"] + params["b"][None])
+        return jnp.mean((hidden @ params["c"] - x[:, :4]) ** 2)
+
+    def step(state, x):
+        params, inner = state
+        loss, grads = jax.value_and_grad(loss_fn)(worker_local(params, "workers"), x)
+        updates, inner = tx.update(grads, inner, params)
+        return (optax.apply_updates(params, updates), inner), loss
+
+    specs = (workers.specs(init), workers.spec)
+    return workers, workers.spmd(init)(), step, specs
+
+
+def batch(t):
+    return np.random.default_rng(t).standard_normal((N, 5, 8)).astype(np.float32)
+
+
+def raw(x):
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_numbers_and_bytes_as_one_program(name):
+    workers, state, step, specs = prepare(name)
+    one = workers.spmd(step, in_specs=specs)
+    many = parts.split(workers, step, in_specs=specs)
+    expected, got, sent = state, state, []
+    for t in range(STEPS):
+        if t >= STEPS - 2:  # a whole period
+            sent.append(many.count(got, batch(t)).bytes_per_worker)
+        expected, expected_loss = one(expected, batch(t))
+        got, loss = many(got, batch(t))
+        pairs = zip(
+            jax.tree.leaves((expected, expected_loss)),
+            jax.tree.leaves((got, loss)),
+            strict=True,
+        )
+        for a, b in pairs:
+            assert a.sharding == b.sharding and a.dtype == b.dtype
+            if CASES[name][2]:
+                np.testing.assert_array_equal(raw(a), raw(b))
+            else:
+                np.testing.assert_allclose(raw(a), raw(b), rtol=1e-5, atol=1e-6)
+    counted = wire.count(one.lower(state, batch(0)).compile())
+    assert np.mean(sent) == pytest.approx(counted.bytes_per_worker)
+
+
+def count_dots(part):
+    return str(part.program.trace(*part.arguments).jaxpr).count("dot_general[")
+
+
+def test_exchange_starts_before_the_backward_pass_ends():
+    workers, state, step, specs = prepare("bytegrad")
+    many = parts.split(workers, step, in_specs=specs).parts(state, batch(0))
+    first = [part.kind for part in many].index("exchange")
+    dots = [count_dots(part) for part in many]
+    assert sum(dots) == count_dots_of_one(workers, state, step, specs)
+    assert 0 < sum(dots[:first]) < sum(dots)
+    assert all(d == 0 for d, p in zip(dots, many, strict=True) if p.kind == "exchange")
+
+
+def count_dots_of_one(workers, state, step, specs):
+    text = str(workers.spmd(step, in_specs=specs).lower(state, batch(0)).as_text())
+    return text.count("stablehlo.dot_general")
+
+
+def test_thread_runs_exchanges_where_the_process_has_one_device():
+    workers = Workers.devices(1)
+
+    def step(x, y):
+        doubled = 2 * primitives.c_fp_s(x, axis_name="workers")
+        return doubled + y, primitives.c_fp_s(doubled * y, axis_name="workers")
+
+    specs = (workers.spec, workers.spec)
+    many = parts.split(workers, step, in_specs=specs)
+    x, y = np.float32([[1, 2]]), np.float32([[3, 4]])
+    one = workers.spmd(step, in_specs=specs)(x, y)
+    for a, b in zip(one, many(x, y), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kinds = [part.kind for part in many.parts(x, y)]
+    assert kinds.count("exchange") == 2
+
+
+def test_failure_of_an_exchange_reaches_the_caller():
+    workers = Workers.devices(1)
+
+    def step(x):
+        return primitives.c_fp_s(x, axis_name="workers") + 1
+
+    many = parts.split(workers, step, in_specs=workers.spec)
+    x = jnp.ones((1, 2))
+    many(x)
+    x.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        many(x)
+
+
+def test_simulated_workers_are_refused():
+    with pytest.raises(ValueError, match=r"parts\.split: workers must be on devices"):
+        parts.split(Workers.simulate(2), lambda x: x)
+    with pytest.raises(ValueError, match="one device each"):
+        parts.split(Workers.devices(2, shards={"model": 2}), lambda x: x)

@@ -127,9 +127,10 @@ def compare(
     - *moved*: it runs more or less often, as out of a loop; *unrolled*: the same runs
       at more sites.
     - *combined*: fewer messages, of the operands of several; *split*: more.
-    - *removed*: nothing is sent for it (it repeats another, nobody uses its result, or
-      its group is one worker); *added*: no collective of the source asks for it, as for
-      reshards of the partitioner.
+    - *removed*: nothing is sent for it. Its group may be one worker, it may repeat
+      another that stays, or nobody uses its result.
+    - *added*: no collective of the source asks for it, as for reshards of the
+      partitioner.
 
     Every collective of both programs is in exactly one change, so bytes and messages of
     the changes add up to those of the two counts, whatever the pairs.
@@ -285,8 +286,13 @@ class _Pairing:
         source = tuple(self.sites[0][i] for i in meant)
         result = tuple(self.sites[1][i] for i in sent)
         if not result:
-            silent = not any(c.bytes_sent for c in source)
-            words = ["removed (sends nothing)" if silent else "removed"]
+            kept = {_alike(self.sites[0][site]) for site, _ in self.links}
+            if not any(c.bytes_sent for c in source):
+                words = ["removed (sends nothing)"]
+            elif all(_alike(c) in kept for c in source):
+                words = ["removed (another like it stays)"]
+            else:
+                words = ["removed"]
         elif not source:
             words = ["added"]
         else:
@@ -307,6 +313,11 @@ class _Pairing:
 
 
 _REPEATED = re.compile(r"(while/body/\w+/)\1+")  # once in XLA's names
+
+
+def _alike(c: Collective) -> tuple:
+    """What two collectives share that repeat one another."""
+    return c.kind, c.groups, c.arrays, c.weight
 
 
 def _parts(collectives: Sequence[Collective]) -> list[_Part]:

@@ -6,15 +6,30 @@ compiled programs, and writes docs/algorithms.md and the numbers that ``bagua-ja
 shows.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["SURVEY", "Row", "label", "measure", "read", "resnet50", "to_markdown"]
+if TYPE_CHECKING:
+    from bagua_jax import Workers
+    from bagua_jax.wire import WireCount
+
+__all__ = [
+    "SURVEY",
+    "Row",
+    "count",
+    "label",
+    "measure",
+    "read",
+    "resnet50",
+    "to_markdown",
+]
 
 WORKERS = 8
 
@@ -465,27 +480,61 @@ def measure(
 
     import jax
     import jax.numpy as jnp
+
+    from bagua_jax import Workers
+
+    shapes = resnet50() if shapes is None else shapes
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
+    }
+    place = Workers.devices(workers, devices=jax.devices("cpu"))
+    counted = count(row.algorithm, row.options, params, place)
+    return {
+        "bytes_per_worker": counted.bytes_per_worker,
+        "messages_per_worker": counted.messages_per_worker,
+        "parameters": sum(map(math.prod, shapes.values())),
+    }
+
+
+def count(
+    algorithm: str, options: Mapping[str, Any], params: Any, place: Workers
+) -> WireCount:
+    """Compile one step of an algorithm, without running it, and count its wire.
+
+    Args:
+        algorithm: its name in the registry.
+        options: its arguments, as a config writes them.
+        params: tree of ``jax.ShapeDtypeStruct``.
+        place: the workers; of a hierarchy, the algorithm relaxes between the nodes.
+
+    Returns:
+        What a step sends in the long run.
+
+    Raises:
+        ConfigError: if the factory refuses a value.
+        ValueError: if the algorithm refuses a hierarchy.
+    """
+    import jax
+    import jax.numpy as jnp
     import optax
 
-    from bagua_jax import Workers, wire, worker_local
+    from bagua_jax import wire, worker_local
     from bagua_jax.algorithms import REGISTRY
     from bagua_jax.experiments import catalog
     from bagua_jax.experiments.config import AlgorithmConfig, ExperimentConfig
 
-    shapes = resnet50() if shapes is None else shapes
-    algorithm = AlgorithmConfig(row.algorithm, arguments=dict(row.options))
+    chosen = AlgorithmConfig(algorithm, arguments=dict(options))
     (config,) = catalog.resolve(
-        ExperimentConfig("survey", "quadratic", (algorithm,), workers=workers)
+        ExperimentConfig("survey", "quadratic", (chosen,), workers=place.shape[0])
     )
-    place = Workers.devices(workers, devices=jax.devices("cpu"))
     axis = place.axis_name
     tx = catalog.transform(config, axis)
 
     def init():
-        params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-        if REGISTRY[row.algorithm].own_params:
-            params = worker_local(params, axis)
-        return params, tx.init(params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+        if REGISTRY[algorithm].own_params:
+            zeros = worker_local(zeros, axis)
+        return zeros, tx.init(zeros)
 
     def step(state, grads):
         params, opt_state = state
@@ -494,17 +543,11 @@ def measure(
 
     specs = place.specs(init)
     state = jax.eval_shape(place.spmd(init))
-    grads = {
-        name: jax.ShapeDtypeStruct((workers, *shape), jnp.float32)
-        for name, shape in shapes.items()
-    }
+    grads = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((place.num_workers, *x.shape), x.dtype), params
+    )
     mapped = place.spmd(step, in_specs=(specs, place.spec))
-    counted = wire.count(mapped.lower(state, grads).compile())
-    return {
-        "bytes_per_worker": counted.bytes_per_worker,
-        "messages_per_worker": counted.messages_per_worker,
-        "parameters": sum(map(math.prod, shapes.values())),
-    }
+    return wire.count(mapped.lower(state, grads).compile())
 
 
 def read() -> dict[str, dict[str, float]]:

@@ -16,7 +16,14 @@ import tyro
 
 from bagua_jax.experiments import claims
 from bagua_jax.experiments import config as configs
-from bagua_jax.experiments.commands import asynchronous, plan, run, wire
+from bagua_jax.experiments.commands import (
+    asynchronous,
+    plan,
+    reproduce,
+    run,
+    what_if,
+    wire,
+)
 from bagua_jax.experiments.commands import list as list_
 from bagua_jax.experiments.commands.base import FAILED, USAGE, OnConfig, complain
 from bagua_jax.experiments.config import ConfigError
@@ -29,6 +36,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "wire": (wire.Wire, wire.main),
     "async": (asynchronous.Async, asynchronous.main),
     "plan": (plan.Plan, plan.main),
+    "reproduce": (reproduce.Reproduce, reproduce.main),
+    "what-if": (what_if.WhatIf, what_if.main),
     "list": (list_.List, list_.main),
 }
 """Subcommand: its flags, and what does it. One on a config derives from OnConfig."""

@@ -213,12 +213,17 @@ def save(figure: Any, name: str) -> None:
         name: of the file, without its end.
     """
     if folder := os.environ.get("BAGUA_FIGURES"):
-        from PIL import Image
+        write(figure, Path(folder) / f"{name}.png")
 
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=120)
-        few = Image.open(drawn).convert("RGB").quantize(128)  # colours: a small file
-        few.save(Path(folder) / f"{name}.png", optimize=True)
+
+def write(figure: Any, path: Path) -> None:
+    """Write a figure to a small PNG file, for pages that are committed."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    few = Image.open(drawn).convert("RGB").quantize(128)  # colours: a small file
+    few.save(path, optimize=True)
 
 
 # --- running --------------------------------------------------------------------------

@@ -55,6 +55,8 @@ def main(command: Reproduce) -> int:
             folders.require_writable(command.docs / "figures")
             figure = command.docs / "figures" / f"reproduce_{name}.png"
             page.draw(table, found, figure)
+    if len(names) > 1:
+        page.overview({name: tables.compared(name) for name in names}, console)
     if command.docs is not None:
         (command.docs / "reproduce.md").write_text(page.to_markdown(), "utf-8")
         console.print(command.docs / "reproduce.md")

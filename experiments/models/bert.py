@@ -26,7 +26,9 @@ class BERT(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> small = BERT(width=8, layers=1, heads=2, hidden=16, vocabulary=50, window=8)
         >>> tokens = jnp.zeros((2, 8), jnp.int32)
-        >>> span, params = small.init_with_output(jax.random.key(0), tokens, tokens)
+        >>> span, params = jax.eval_shape(
+        ...     small.init_with_output, jax.random.key(0), tokens, tokens
+        ... )
         >>> span.shape
         (2, 8, 2)
 

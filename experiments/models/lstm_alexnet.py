@@ -31,7 +31,9 @@ class LSTMAlexNet(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> small = LSTMAlexNet(((4, 5, 2), (4, 3, 1)), 8, 6, 20, 5, classes=3)
         >>> image, words = jnp.zeros((2, 32, 32, 3)), jnp.zeros((2, 7), jnp.int32)
-        >>> logits, params = small.init_with_output(jax.random.key(0), image, words)
+        >>> logits, params = jax.eval_shape(
+        ...     small.init_with_output, jax.random.key(0), image, words
+        ... )
         >>> logits.shape
         (2, 3)
 

@@ -29,7 +29,9 @@ class SpeechTransformer(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> small = SpeechTransformer(8, 1, 1, heads=2, hidden=16, vocabulary=30)
         >>> sound, text = jnp.zeros((2, 16, 20)), jnp.zeros((2, 5), jnp.int32)
-        >>> logits, params = small.init_with_output(jax.random.key(0), sound, text)
+        >>> logits, params = jax.eval_shape(
+        ...     small.init_with_output, jax.random.key(0), sound, text
+        ... )
         >>> logits.shape
         (2, 5, 30)
 

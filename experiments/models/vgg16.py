@@ -24,7 +24,9 @@ class VGG16(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> small = VGG16(stages=((4,), (8, 8)), hidden=16, classes=10)
         >>> image = jnp.zeros((2, 32, 32, 3))
-        >>> logits, params = small.init_with_output(jax.random.key(0), image)
+        >>> logits, params = jax.eval_shape(
+        ...     small.init_with_output, jax.random.key(0), image
+        ... )
         >>> logits.shape
         (2, 10)
 

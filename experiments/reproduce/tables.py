@@ -409,7 +409,10 @@ def _throughput() -> Table:
             ("LPD", 100): "published alike at 100 and 10 Gbit/s: its cost is not the "
             "network, but work after the optimizer step",
             ("QAdam", 100): "sends as many bytes as ByteGrad and is published slower",
-            ("BytePS", None): "slower than any count of its bytes: servers on CPUs",
+            (
+                "BytePS",
+                None,
+            ): "slower than any count of its bytes; likely its servers on CPUs",
         },
         telling=facts["rows"],
         held_out=((10,), (100,)),

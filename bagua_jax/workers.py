@@ -167,6 +167,50 @@ class Workers:
         """The spec of a leaf that varies: ``P("workers")``."""
         return P(self.axis_name)
 
+    @property
+    def own(self) -> np.ndarray:
+        """Numbers of this process's workers: all of them where there is one process."""
+        if not isinstance(self.mesh, Mesh):
+            return np.arange(self.num_workers)
+        here = jax.process_index()
+        return np.flatnonzero([d.process_index == here for d in self.mesh.devices.flat])
+
+    def stack(self, tree: Any) -> Any:
+        """Make worker-stacked arrays of what every process has for its own workers.
+
+        Args:
+            tree: leaves with a leading axis over :attr:`own`, in that order.
+
+        Returns:
+            Leaves [n, ...] over all processes, each row on its worker's device; in
+            simulation the tree as it is. Nothing is communicated.
+        """
+        if self.mesh is None:
+            return tree
+        sharding = NamedSharding(self.mesh, self.spec)
+
+        def place(x):
+            shape = (self.num_workers, *np.shape(x)[1:])
+            return jax.make_array_from_process_local_data(
+                sharding, np.asarray(x), shape
+            )
+
+        return jax.tree.map(place, tree)
+
+    def rows(self, x: jax.Array) -> np.ndarray:
+        """Copy the rows of this process's workers out of a worker-stacked array.
+
+        Args:
+            x: [n, ...], each row on its worker's device.
+
+        Returns:
+            [len(own), ...], in the order of :attr:`own`. Nothing is communicated.
+        """
+        if self.mesh is None or jax.process_count() == 1:
+            return np.asarray(x)
+        shards = sorted(x.addressable_shards, key=lambda s: s.index[0].start or 0)
+        return np.concatenate([np.asarray(shard.data) for shard in shards])
+
     def specs(self, fn: Callable[..., Any], *args: Any, in_specs: Any = _SAME) -> Any:
         """Infer which outputs of a per-worker function vary between workers.
 

@@ -2,7 +2,9 @@
 
 A checkpoint holds the whole train state of all workers (parameters, optimizer, error
 feedback, replicas, counters, keys), by path in the state. The data order needs nothing:
-it is a function of seed and step.
+it is a function of seed and step. Where there are several processes each writes the
+rows of its workers, and what is equal on all workers is written once; any number of
+processes reads it back.
 
 Beside the arrays lies a seal, written last: the identity of the run and the hash of
 every file. So a checkpoint that was cut short, spoilt or made by another run is noticed
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bagua_jax import processes
 from bagua_jax.experiments.folders import RunError, read_json, write_json
 
 __all__ = ["newest", "pack", "restore", "save", "unpack"]
@@ -34,29 +37,28 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def pack(state: Any) -> dict[str, np.ndarray]:
-    """Make numpy arrays of a tree's leaves, by path; typed keys by their words.
+def pack(state: Any) -> dict[str, jax.Array]:
+    """List a tree's leaves by path; typed keys by their words.
 
     Args:
         state: tree of arrays.
 
     Returns:
-        Arrays by path, without those that hold no elements.
+        Arrays by path, where they were, without those that hold no elements.
     """
     leaves = {
         jax.tree_util.keystr(path): jax.random.key_data(x) if _is_key(x) else x
         for path, x in jax.tree_util.tree_leaves_with_path(state)
     }
-    arrays = {path: np.asarray(jax.device_get(x)) for path, x in leaves.items()}
-    return {path: x for path, x in arrays.items() if x.size}
+    return {path: x for path, x in leaves.items() if x.size}
 
 
-def unpack(arrays: dict[str, np.ndarray], like: Any) -> Any:
+def unpack(arrays: dict[str, jax.Array], like: Any) -> Any:
     """Undo :func:`pack`.
 
     Args:
-        arrays: by path.
-        like: tree of arrays with the wished structure, dtypes and placement on devices.
+        arrays: by path, placed as in ``pack(like)``.
+        like: tree of arrays with the wished structure and dtypes.
 
     Returns:
         A tree like ``like``.
@@ -67,24 +69,27 @@ def unpack(arrays: dict[str, np.ndarray], like: Any) -> Any:
         if stored is None:  # no elements, nothing stored
             return x
         if _is_key(x):
-            words = jax.device_put(stored, jax.random.key_data(x).sharding)
-            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
-        return jax.device_put(stored, x.sharding)
+            return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(x))
+        return stored
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def _manager(folder: Path, keep: int | None = None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save(
     folder: Path, step: int, state: Any, identity: dict[str, Any], *, keep: int
 ) -> None:
-    """Write a checkpoint, whole or not at all, and drop all but the newest few.
+    """Write a checkpoint, whole or not at all, and then drop all but the newest few.
+
+    Every process must call it.
 
     Args:
         folder: of the checkpoints.
@@ -93,10 +98,21 @@ def save(
         identity: of the run, JSON.
         keep: how many stay.
     """
-    with _manager(folder, keep) as manager:
+    with _manager(folder) as manager:
         manager.save(step, args=ocp.args.StandardSave(pack(state)))
+    if not processes.is_first():
+        return
     place = folder / str(step)
     write_json(place / _SEAL, {"identity": identity, "files": _hashes(place)})
+    for old in _steps(folder)[keep:]:
+        (folder / str(old) / _SEAL).unlink(missing_ok=True)  # never half there
+        shutil.rmtree(folder / str(old))
+
+
+def _steps(folder: Path) -> list[int]:
+    """List the checkpoints that are there, finished or not, the newest first."""
+    names = [path.name for path in folder.iterdir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def _hashes(place: Path) -> dict[str, str]:
@@ -120,6 +136,8 @@ def restore(
 ) -> tuple[int, Any]:
     """Read the newest intact checkpoint, and remove those that are newer.
 
+    Every process must call it; the first one judges.
+
     Args:
         folder: of the checkpoints.
         like: tree of arrays with the structure, dtypes and placement of the state.
@@ -133,31 +151,47 @@ def restore(
     Raises:
         RunError: if a checkpoint is of another run, or every one is damaged.
     """
-    if not folder.exists():
+    step = processes.from_first(
+        lambda: _newest_intact(folder, identity, at_most, say), RunError
+    )
+    if not step:
         return 0, like
-    damaged = False
     with _manager(folder) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            place, trouble = folder / str(step), ""
-            if step > at_most:
-                trouble = "is newer than the metrics"
-            elif not (place / _SEAL).exists():
-                trouble = "was not finished"
-            elif not _is_intact(place):
-                damaged, trouble = True, "is damaged"
-            if not trouble:
-                seal = read_json(place / _SEAL)
-                _require_same(seal["identity"], identity, place)
-                arrays = _read(manager, step)
-                _require_fitting(arrays, like, place)
-                return step, unpack(arrays, like)
-            say(f"checkpoint {step} {trouble}; looking for an older one")
-            shutil.rmtree(place)
+        expected = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for path, x in pack(like).items()
+        }
+        _require_fitting(_stored(manager, step), expected, folder / str(step))
+        arrays = manager.restore(step, args=ocp.args.StandardRestore(expected))
+    return step, unpack(dict(arrays), like)
+
+
+def _newest_intact(
+    folder: Path, identity: dict[str, Any], at_most: int, say: Callable[[str], None]
+) -> int:
+    """Find the newest checkpoint of use, 0 if there is none; remove newer ones."""
+    if not folder.exists():
+        return 0
+    damaged = ""
+    for step in _steps(folder):
+        place, trouble = folder / str(step), ""
+        if step > at_most:
+            trouble = "is newer than the metrics"
+        elif not (place / _SEAL).exists():
+            trouble = "was not finished"
+        elif fault := _fault(place):
+            damaged, trouble = fault, f"is damaged: {fault}"
+        if not trouble:
+            _require_same(read_json(place / _SEAL)["identity"], identity, place)
+            return step
+        say(f"checkpoint {step} {trouble}; looking for an older one")
+        shutil.rmtree(place)
     if damaged:
         raise RunError(
-            f"no intact checkpoint is left in {folder}. Start afresh with --overwrite."
+            f"no intact checkpoint is left in {folder} ({damaged}). Start afresh with "
+            "--overwrite."
         )
-    return 0, like
+    return 0
 
 
 def newest(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -175,22 +209,36 @@ def newest(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     """
     if not folder.exists():
         raise RunError(f"there is no folder {folder}.")
+    steps = _steps(folder)
+    if not steps:
+        raise RunError(f"there is no checkpoint in {folder}.")
+    place = folder / str(steps[0])
+    if fault := _fault(place):
+        raise RunError(f"the checkpoint {place} is damaged: {fault}.")
     with _manager(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise RunError(f"there is no checkpoint in {folder}.")
-        if not _is_intact(folder / str(step)):
-            raise RunError(f"the checkpoint {folder / str(step)} is damaged.")
-        return step, _read(manager, step)
+        like = {k: np.empty(*v) for k, v in _stored(manager, steps[0]).items()}
+        arrays = manager.restore(steps[0], args=ocp.args.StandardRestore(like))
+    return steps[0], dict(arrays)
 
 
-def _is_intact(place: Path) -> bool:
+def _fault(place: Path) -> str:
+    """Say which file of a checkpoint is not as it was written; "" if all are."""
     seal = read_json(place / _SEAL)
-    return isinstance(seal, dict) and seal.get("files") == _hashes(place)
+    if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):
+        return f"{place / _SEAL} cannot be read"
+    found = _hashes(place)
+    for name in sorted({*seal["files"], *found}):
+        if name not in found:
+            return f"{place / name} is missing"
+        if found[name] != seal["files"].get(name):
+            return f"{place / name} is not what was written"
+    return ""
 
 
-def _read(manager: ocp.CheckpointManager, step: int) -> dict[str, np.ndarray]:
-    return dict(manager.restore(step, args=ocp.args.StandardRestore()))
+def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, tuple]:
+    """Give shape and dtype of each array of a checkpoint, by path."""
+    metadata: Any = manager.item_metadata(step)
+    return {path: (x.shape, x.dtype) for path, x in metadata.items()}
 
 
 def _require_same(found: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
@@ -206,9 +254,8 @@ def _require_same(found: dict[str, Any], expected: dict[str, Any], where: Path) 
         )
 
 
-def _require_fitting(arrays: dict[str, np.ndarray], like: Any, where: Path) -> None:
-    expected = {path: (x.shape, x.dtype) for path, x in pack(like).items()}
-    found = {path: (x.shape, x.dtype) for path, x in arrays.items()}
+def _require_fitting(found: dict[str, tuple], like: dict, where: Path) -> None:
+    expected = {path: (x.shape, x.dtype) for path, x in like.items()}
     if found != expected:
         path = min(p for p in {*found, *expected} if found.get(p) != expected.get(p))
         raise RunError(

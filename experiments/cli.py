@@ -8,16 +8,18 @@ import dataclasses
 import functools
 import operator
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import tyro
 
-from bagua_jax.experiments import claims
+from bagua_jax.experiments import claims, supervise
 from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.commands import (
     asynchronous,
+    launch,
     plan,
     reproduce,
     run,
@@ -33,6 +35,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "run": (run.Run, run.main),
+    "launch": (launch.Launch, launch.main),
     "wire": (wire.Wire, wire.main),
     "async": (asynchronous.Async, asynchronous.main),
     "plan": (plan.Plan, plan.main),
@@ -55,13 +58,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warn
     try:
+        status = _main(argv)
+    except Exception:
+        traceback.print_exc()
+        _leave(supervise.CRASHED)
+        raise
+    _leave(status)
+    return status
+
+
+def _leave(status: int) -> None:
+    """Let a process that fails among several end without waiting for the others."""
+    if "bagua_jax.processes" in sys.modules:  # else there are none
+        sys.modules["bagua_jax.processes"].leave(status)
+
+
+def _main(argv: list[str]) -> int:
+    try:
         command = _parse(argv)
         return {flags: do for flags, do in COMMANDS.values()}[type(command)](command)
     except SystemExit as stop:  # tyro has shown help, or what is wrong with the flags
         return stop.code if isinstance(stop.code, int) else USAGE
     except ConfigError as error:
         return complain(str(error), USAGE)
-    except (RunError, OSError) as error:
+    except RunError as error:
+        return complain(str(error), error.status)
+    except OSError as error:
         return complain(str(error), FAILED)
     except KeyboardInterrupt:
         return complain("interrupted; the same command continues.", FAILED)
@@ -72,7 +94,36 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
 
 
 def _parse(argv: list[str]) -> Any:
-    """Read the arguments; the config's values are the defaults of the flags."""
+    """Read the arguments, and those of the run that `launch` is given."""
+    if argv[:1] == ["launch"] and "--" in argv:
+        own, inner = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+        return dataclasses.replace(
+            _parse(own), words=tuple(inner), command=_parse_launched(inner)
+        )
+    if supervise.is_launched():
+        return _parse_launched(argv)
+    return _parse_on("", argv)
+
+
+def _parse_launched(argv: list[str]) -> run.Run:
+    """Read what several processes do: a run, with `where: processes` as its default."""
+    if argv[:1] != ["run"]:
+        raise ConfigError(
+            f"launch: runs `run CONFIG` in several processes; got {argv!r} after --."
+        )
+    command = _parse_on("processes", argv)
+    if command.experiment.where != "processes":
+        raise ConfigError(
+            f"where: launch runs processes; got {command.experiment.where!r}."
+        )
+    return command
+
+
+def _parse_on(where: str, argv: list[str]) -> Any:
+    """Read the arguments; the config's values are the defaults of the flags.
+
+    Where ``where`` is not empty, it is the default of the field of that name.
+    """
     on_config = {k for k, (flags, _) in COMMANDS.items() if issubclass(flags, OnConfig)}
     loaded, positional = configs.load("demo"), tyro.MISSING
     given = argv[:1] and argv[0] in on_config and argv[1:2] not in (["-h"], ["--help"])
@@ -85,6 +136,8 @@ def _parse(argv: list[str]) -> Any:
             )
         loaded, positional = configs.load(argv[1]), argv[1]
         claims.check(map(claims.parse, loaded.claims), loaded)
+    if where:
+        loaded = dataclasses.replace(loaded, where=where)
     subcommands = []
     for name, (flags, _) in COMMANDS.items():
         default = {"default": flags(positional, loaded)} if name in on_config else {}

@@ -168,8 +168,9 @@ class ExperimentConfig:
     """What is compared, one run each; a flag takes labels, names or a YAML list."""
     workers: int = 8
     """Number of workers."""
-    where: Literal["simulate", "devices"] = "simulate"
-    """All on one device, or each on its own (without a GPU, on a host device)."""
+    where: Literal["simulate", "devices", "processes"] = "simulate"
+    """All on one device, or each on its own (without a GPU, on a host device): in this
+    process, or in several (bagua-jax launch, mpiexec, srun)."""
     sharding: Literal["iid", "label"] = "iid"
     """Deal samples out at random, or by label (heterogeneous workers)."""
     steps: int = 200
@@ -193,7 +194,7 @@ class ExperimentConfig:
 
     def __post_init__(self):
         _require_file_name("experiment", self.experiment)
-        _require_choice("where", self.where, ("simulate", "devices"))
+        _require_choice("where", self.where, ("simulate", "devices", "processes"))
         _require_choice("sharding", self.sharding, ("iid", "label"))
         _require_positive(
             workers=self.workers,
@@ -472,7 +473,8 @@ def identity(config: ExperimentConfig) -> dict[str, Any]:
     """Collect what decides the numbers of a run: its one algorithm and its setting.
 
     Left out is what does not: names, the output folder, how often a checkpoint is
-    written. Two runs with one identity have equal metrics, bit for bit, on one machine.
+    written, how many processes there are. Two runs with one identity have equal
+    metrics, bit for bit, on one machine.
 
     Args:
         config: of one run, with one algorithm, resolved.

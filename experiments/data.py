@@ -136,9 +136,14 @@ class Shards(NamedTuple):
         chosen = orders[:, start : start + self.batch_size]
         return np.take_along_axis(self.members, chosen, axis=1)
 
-    def batch(self, step: int) -> Any:
-        """Give the batches of a step: leaves [n, B, ...], one row for each worker."""
-        indices = self.indices(step)
+    def batch(self, step: int, workers: Any = slice(None)) -> Any:
+        """Give the batches of a step: leaves [n, B, ...], one row for each worker.
+
+        Args:
+            step: optimizer steps taken before, from 0.
+            workers: numbers of those whose rows are wanted; all by default.
+        """
+        indices = self.indices(step)[workers]
         return jax.tree.map(lambda x: x[indices], self.train)
 
     @classmethod

@@ -52,7 +52,13 @@ _LOCK = ".lock"
 
 
 class RunError(RuntimeError):
-    """A run cannot go on; the message says why and what helps."""
+    """A run cannot go on; the message says why and what helps.
+
+    Attributes:
+        status: the exit status that it makes.
+    """
+
+    status = 1
 
 
 def blame(error: BaseException) -> str:

@@ -38,9 +38,12 @@ def headline(config: ExperimentConfig, title: str) -> str:
     if config.where == "simulate":
         place = f"simulation of {workers} on one device"
     elif device.platform == "cpu":
-        place = f"{workers} on host devices of one machine"
+        place = f"{workers} on host devices"
+        place += " of one machine" if config.where == "devices" else ""
     else:
         place = f"{workers} on {n} x {device.device_kind}"
+    if config.where == "processes":
+        place += f" in {jax.process_count()} processes"
     return f"{config.experiment}: {title}, {place} ({machine})"
 
 

@@ -15,19 +15,22 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from bagua_jax import Workers, wire, worker_local
+from bagua_jax import Workers, processes, wire, worker_local
 from bagua_jax.algorithms import REGISTRY
-from bagua_jax.experiments import catalog, checkpoint, folders
+from bagua_jax.experiments import catalog, checkpoint, folders, supervise
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig, identity
 from bagua_jax.experiments.data import Data, Shards
 from bagua_jax.experiments.folders import RunError, blame
 from bagua_jax.experiments.progress import progress
+from bagua_jax.experiments.supervise import beat
 from bagua_jax.experiments.tasks import Task
 from bagua_jax.primitives import AxisName
 
 __all__ = [
+    "Crashed",
     "Diverged",
     "Program",
+    "Stopped",
     "TrainState",
     "build",
     "evaluate",
@@ -48,10 +51,24 @@ _WIRE = (
 )
 _BLOWN_UP = 1e6
 """A loss above it ends a run that may diverge."""
+_PENDING = 256
+"""So many steps' losses at most wait on their devices to be recorded."""
+_STRETCH = 0.2
+"""Seconds between two records of the metrics, about."""
 
 
 class Diverged(RunError):
     """A loss, or a number of the evaluation, is not finite."""
+
+
+class Stopped(RunError):
+    """This process alone cannot go on; the others wait for it and must be stopped."""
+
+
+class Crashed(Stopped):
+    """The same, for a reason that may not be there the next time."""
+
+    status = supervise.CRASHED
 
 
 class TrainState(NamedTuple):
@@ -65,14 +82,17 @@ class Program(NamedTuple):
     """A run's compiled parts.
 
     Attributes:
+        workers: where they live.
         state: the initial state, on its devices.
-        step: ``(state, batch) -> state, losses``; the batch has leaves [n, B, ...], the
-            losses are [n], one of each worker's own batch.
+        step: ``(state, batch) -> state, losses``; the batch has leaves [n, B, ...], as
+            ``workers.stack`` makes them; the losses are [n], one of each worker's own
+            batch.
         text: optimized HLO of the step on one device for each worker; ``None`` where
             there are too few devices to compile it for.
         stacked: whether each worker has parameters of its own.
     """
 
+    workers: Workers
     state: TrainState
     step: Callable[[TrainState, Any], tuple[TrainState, jax.Array]]
     text: str | None
@@ -117,13 +137,16 @@ def functions(
     return init, step
 
 
-def build(config: ExperimentConfig, task: Task, batch: Any) -> Program:
+def build(
+    config: ExperimentConfig, task: Task, workers: Workers, batch: Any
+) -> Program:
     """Compile a run.
 
     Args:
         config: of one run, resolved.
         task: what is trained.
-        batch: one batch, leaves [n, B, ...].
+        workers: where they live.
+        batch: one batch of this process's workers, leaves [own, B, ...].
 
     Returns:
         The program. A simulation's step is compiled for host devices as well, which
@@ -132,27 +155,23 @@ def build(config: ExperimentConfig, task: Task, batch: Any) -> Program:
     (algorithm,) = config.algorithms
     stacked = REGISTRY[algorithm.name].own_params
 
-    initial = jax.jit(task.init)(jax.random.key(config.seed))
+    initial = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
 
     def compile_on(workers: Workers):
         init, step = functions(config, task, workers.axis_name)
         specs = workers.specs(init, initial)
         state = workers.spmd(init)(initial)
         mapped = workers.spmd(step, in_specs=(specs, workers.spec))
-        return state, mapped.lower(state, batch).compile()
+        return state, mapped.lower(state, workers.stack(batch)).compile()
 
-    n = config.workers
-    host = _host_devices()
-    if config.where == "devices":
-        state, step = compile_on(Workers.devices(n))
+    state, step = compile_on(workers)
+    text = None
+    if workers.mesh is not None:
         text = step.as_text()
-    else:
-        state, step = compile_on(Workers.simulate(n))
-        can = len(host) >= n
-        text = (
-            compile_on(Workers.devices(n, devices=host))[1].as_text() if can else None
-        )
-    return Program(state, step, text, stacked)
+    elif len(host := _host_devices()) >= config.workers:
+        on_host = Workers.devices(config.workers, devices=host)
+        text = compile_on(on_host)[1].as_text()
+    return Program(workers, state, step, text, stacked)
 
 
 def _host_devices() -> list[Any]:
@@ -183,7 +202,7 @@ def evaluate(
         Diverged: if a number is not finite.
         RunError: if there is none.
     """
-    params = jax.device_get(params)
+    params = processes.fetch(params)
     if not program.stacked:
         return _judged(judge(params, test))
     mean = jax.tree.map(lambda x: x.mean(0, dtype=np.float64).astype(x.dtype), params)
@@ -286,65 +305,77 @@ def train(
     """
     (algorithm,) = config.algorithms
     facts = identity(config)
+    first = processes.is_first()  # the one that writes
     metrics, timing = folder / "metrics.jsonl", folder / "timing.jsonl"
 
     def say(message: str) -> None:
-        folders.log(folder, message)
+        if first:
+            folders.log(folder, message)
         console.print(f"{algorithm.label}: {message}", highlight=False, soft_wrap=True)
 
     shards = Shards.deal(
         data, config.workers, config.sharding, config.batch_size, config.seed
     )
+    beat("compiling", algorithm.label)
+    place = Workers.simulate if config.where == "simulate" else Workers.devices
+    workers = place(config.workers)
     with console.status(f"{algorithm.label}: compiling"):
-        program = build(config, task, shards.batch(0))
+        program = build(config, task, workers, shards.batch(0, workers.own))
     judge = _in_order(task.evaluate)
     on_cpu = jax.default_backend() == "cpu"
     limit = _BLOWN_UP if algorithm.may_diverge else math.inf
 
-    lines = folders.read_lines(metrics)
+    lines = folders.read_lines(metrics) if first else []
     start, state = checkpoint.restore(
         folder / "checkpoints", program.state, facts, at_most=len(lines) - 1, say=say
     )
-    folders.write_lines(metrics, lines[: start + 1] if start else ())
+    if first:
+        folders.write_lines(metrics, lines[: start + 1] if start else ())
     if start:
         say(f"continues after step {start}")
     else:
-        first = {"step": 0} | evaluate(program, judge, state.params, data.test)
-        folders.append_lines(metrics, [first])
+        judged = {"step": 0} | evaluate(program, judge, state.params, data.test)
+        if first:
+            folders.append_lines(metrics, [judged])
 
     with progress(console, algorithm.label, start, config.steps) as show:
-        pending, note, mark = [], "", time.perf_counter()
+        pending, note, mark, stride = [], "", time.perf_counter(), 8
         for step in range(start + 1, config.steps + 1):
-            state, losses = program.step(state, shards.batch(step - 1))
+            beat("step", algorithm.label, step)
+            batch = workers.stack(shards.batch(step - 1, workers.own))
+            state, losses = program.step(state, batch)
             if on_cpu:  # two steps in flight on more host devices than cores deadlock
                 jax.block_until_ready((state, losses))
-            pending.append((step, losses))
+            pending.append(losses)
             last = step == config.steps
             judged = last or step % config.eval_every == 0
             saved = last or step % config.checkpoint_every == 0
-            if not judged and not saved and time.perf_counter() - mark < 0.2:
+            if not judged and not saved and len(pending) < stride:
                 continue
 
             records, end = [], ""
-            seconds = time.perf_counter() - mark
+            table, seconds = _gather(workers, pending, mark)
             try:
-                for taken, losses in pending:
+                for taken, losses in enumerate(table, step + 1 - len(pending)):
                     records.append(_record(taken, losses, limit))
                 if judged:
+                    beat("evaluating", algorithm.label, step)
                     records[-1] |= evaluate(program, judge, state.params, data.test)
                     note = _note(records[-1])
             except Diverged as error:
                 end = str(error)
                 if not algorithm.may_diverge:
                     raise
-            folders.append_lines(metrics, records)
-            stretch = {"step": step, "steps": len(pending), "seconds": seconds}
-            folders.append_lines(timing, [stretch])
+            if first:
+                stretch = {"step": step, "steps": len(pending), "seconds": seconds}
+                folders.append_lines(metrics, records)
+                folders.append_lines(timing, [stretch])
             if end:
                 say(f"diverged: {end}")
                 return _summary(config, program, folder, diverged=True)
             show(step, records[-1]["train/loss"], len(pending) / seconds, note)
             if saved:
+                beat("saving", algorithm.label, step)
                 checkpoint.save(
                     folder / "checkpoints",
                     step,
@@ -352,12 +383,29 @@ def train(
                     facts,
                     keep=config.keep_checkpoints,
                 )
+            stride = max(1, min(_PENDING, round(_STRETCH * len(pending) / seconds)))
             pending, mark = [], time.perf_counter()
     return _summary(config, program, folder, diverged=False)
 
 
-def _record(step: int, losses: jax.Array, limit: float) -> dict[str, Any]:
-    loss = float(np.mean(jax.device_get(losses), dtype=np.float64))
+def _gather(
+    workers: Workers, pending: list[jax.Array], mark: float
+) -> tuple[np.ndarray, float]:
+    """Bring the losses of some steps to every process: [steps, n], and the seconds.
+
+    The seconds are the slowest process's, so that all agree on when the next stretch
+    ends. The message has one shape, however many steps there are: one compilation.
+    """
+    message = np.zeros((len(workers.own), _PENDING + 1), np.float32)
+    for i, losses in enumerate(pending):
+        message[:, i] = workers.rows(losses)
+    message[:, -1] = time.perf_counter() - mark
+    message = processes.fetch(workers.stack(message))
+    return message[:, : len(pending)].T, float(message[:, -1].max())
+
+
+def _record(step: int, losses: np.ndarray, limit: float) -> dict[str, Any]:
+    loss = float(np.mean(losses, dtype=np.float64))
     if not math.isfinite(loss) or loss > limit:
         raise Diverged(
             f"the training loss is {loss:.6g} on step {step}. Lower the learning rate, "
@@ -374,7 +422,12 @@ def _note(record: dict[str, Any]) -> str:
 def _summary(
     config: ExperimentConfig, program: Program, folder: Path, *, diverged: bool
 ) -> dict[str, Any]:
-    """Collect the final numbers of a run; of one that diverged the last sound ones."""
+    """Collect the final numbers of a run; of one that diverged the last sound ones.
+
+    Only the first process has them.
+    """
+    if not processes.is_first():
+        return {}
     lines = folders.read_lines(folder / "metrics.jsonl")
     losses = [line["train/loss"] for line in lines[1:]][-10:]
     timing = folders.read_lines(folder / "timing.jsonl")
@@ -464,12 +517,24 @@ def run(
         The summary.
 
     Raises:
-        RunError: if the run fails.
+        RunError: if the run fails, in every process alike.
+        Stopped: if one of several processes fails.
     """
     label, folder = config.algorithms[0].label, folders.path_of(config)
+    several = processes.count() > 1
+
+    def enter() -> dict[str, Any] | None:
+        """Go into the folder; give its summary if it holds a finished run."""
+        stack.enter_context(folders.locked(folder))
+        summary = None if overwrite else folders.read_json(folder / "summary.json")
+        if summary is None:
+            folders.open_run(config, overwrite=overwrite)
+            folders.log(folder, f"starts: {' '.join(sys.argv)}")
+        return summary
+
     try:
-        with folders.locked(folder):
-            summary = None if overwrite else folders.read_json(folder / "summary.json")
+        with contextlib.ExitStack() as stack:
+            summary = processes.from_first(enter, RunError)
             if summary is not None:
                 console.print(
                     f"{label}: finished before, in {folder} (--overwrite repeats it)",
@@ -477,22 +542,22 @@ def run(
                     soft_wrap=True,
                 )
                 return summary
-            folders.open_run(config, overwrite=overwrite)
-            folders.log(folder, f"starts: {' '.join(sys.argv)}")
             summary = train(config, task, data, console, folder)
-            folders.write_json(folder / "summary.json", summary)
-            folders.log(folder, "finished")
+            if processes.is_first():
+                folders.write_json(folder / "summary.json", summary)
+                folders.log(folder, "finished")
             return summary
     except (ConfigError, RunError) as error:
         _log_failure(folder, str(error))
         raise
     except OSError as error:
         _log_failure(folder, str(error))
-        raise RunError(str(error)) from error
+        raise (Stopped if several else RunError)(str(error)) from error
     except Exception as error:  # from the task or the algorithm: theirs to read
         _log_failure(folder, traceback.format_exc())
         where = f"The traceback is in {folder / 'log.txt'}."
-        raise RunError(f"{blame(error)}. {where}") from error
+        kind = Crashed if several else RunError
+        raise kind(f"{blame(error)}. {where}") from error
 
 
 def _log_failure(folder: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from bagua_jax.experiments.config import ExperimentConfig
+from bagua_jax.experiments.config import ConfigError, ExperimentConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,22 +42,36 @@ def complain(message: str, status: int) -> int:
     return status
 
 
-def console() -> "Console":
+def console(*, quiet: bool = False) -> "Console":
     """Make the console that commands print to."""
     from rich.console import Console
 
-    found = Console()
+    found = Console(quiet=quiet)
     if not found.is_terminal and "COLUMNS" not in os.environ:
-        found = Console(width=120)  # a table in a log file need not be narrow
+        # A table in a log file need not be narrow.
+        found = Console(width=120, quiet=quiet)
     return found
 
 
 def prepare_host_devices(config: ExperimentConfig) -> None:
-    """Have a host device for each worker, before jax starts its first backend.
+    """Have a device for each worker, before jax starts its first backend.
+
+    Joins the other processes where there are to be several; else makes host devices.
 
     A simulation needs them too, to compile what its step would send; one of more
     workers than ``_COUNTED`` goes without, because that takes minutes.
     """
+    if config.where == "processes":
+        from bagua_jax import processes
+
+        # gloo tells file 1 of every connection: that belongs in the log, on stderr.
+        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        try:
+            processes.start(config.workers)
+        except ValueError as error:
+            raise ConfigError(f"where: {error}") from None
+        return
     if config.where == "devices":
         # Fewer threads than this, and the collectives of jax 0.10 can wait for ever.
         os.environ.setdefault("NPROC", str(2 * config.workers))

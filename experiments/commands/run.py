@@ -30,6 +30,7 @@ def main(command: Run) -> int:
     config = command.experiment
     base.prepare_host_devices(config)
 
+    from bagua_jax import processes
     from bagua_jax.experiments import catalog, report, tasks, train
     from bagua_jax.experiments.data import Shards
 
@@ -48,35 +49,45 @@ def main(command: Run) -> int:
     for run in runs if stated else ():
         claims.check_metrics(stated, run, train.metric_names(run, task, data))
 
-    require_writable(Path(config.output) / config.experiment)
+    folder = Path(config.output) / config.experiment
+    processes.from_first(lambda: require_writable(folder), RunError)
 
-    console = base.console()
+    console = base.console(quiet=not processes.is_first())
     console.print(report.headline(config, task.title), highlight=False)
     results, failures = [], []
     for run in runs:
         try:
             summary = train.run(run, task, data, console, overwrite=command.overwrite)
             results.append((run, summary))
+        except train.Stopped:
+            raise
         except RunError as error:
             failures.append(f"{run.algorithms[0].label}: {error}")
             base.complain(failures[-1], base.FAILED)
-    verdicts = report.judge(stated, results)
-    if results:
-        report.write(config, task.title, results, failures, verdicts, console)
-    left_out = len(config.claims) - len(stated)
-    if left_out:
-        console.print(f"{left_out} claims about runs left out are not judged.")
-    failed = failures or not all(v.holds for v in verdicts)
-    return base.FAILED if failed else 0
+
+    def finish() -> int:
+        verdicts = report.judge(stated, results)
+        if results:
+            report.write(config, task.title, results, failures, verdicts, console)
+        left_out = len(config.claims) - len(stated)
+        if left_out:
+            console.print(f"{left_out} claims about runs left out are not judged.")
+        failed = failures or not all(v.holds for v in verdicts)
+        return base.FAILED if failed else 0
+
+    return processes.from_first(finish, RunError)
 
 
 def _require_devices(config: ExperimentConfig) -> None:
     import jax
 
     found = jax.devices()
-    if config.where == "devices" and len(found) < config.workers:
+    n = config.workers
+    short = config.where == "devices" and len(found) < n
+    # Processes agree through all their devices: none may be without a worker.
+    if short or (config.where == "processes" and len(found) != n):
         raise ConfigError(
-            f"workers: {config.workers} workers need {config.workers} devices, and "
-            f"there are {len(found)} ({found[0].device_kind}). Use fewer workers, or "
-            "--where simulate."
+            f"workers: {n} workers need {n} devices, and there are {len(found)} "
+            f"({found[0].device_kind}). Use another number of workers, or --where "
+            "simulate."
         )

@@ -349,8 +349,8 @@ def test_every_kind_of_leaf_survives(tmp_path):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
     ours, theirs = checkpoint.pack(found), checkpoint.pack(state)
-    assert {k: v.tobytes() for k, v in ours.items()} == {
-        k: v.tobytes() for k, v in theirs.items()
+    assert {k: np.asarray(v).tobytes() for k, v in ours.items()} == {
+        k: np.asarray(v).tobytes() for k, v in theirs.items()
     }
     draws = [jax.random.normal(tree["keys"][1]) for tree in (found, state)]
     assert draws[0] == draws[1]

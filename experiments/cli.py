@@ -101,6 +101,7 @@ def _parse(argv: list[str]) -> Any:
             _parse(own), words=tuple(inner), command=_parse_launched(inner)
         )
     if supervise.is_launched():
+        supervise.tie()
         return _parse_launched(argv)
     return _parse_on("", argv)
 

@@ -8,24 +8,26 @@ safe: a run continues after it bit for bit.
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["CRASHED", "Policy", "beat", "is_launched", "supervise"]
+__all__ = ["CRASHED", "Policy", "beat", "is_launched", "supervise", "tie"]
 
 CRASHED = 3
 """Exit status of a process that failed for a reason that may be gone the next time."""
 
 _PROCESS = "BAGUA_JAX_PROCESS"  # as in bagua_jax.processes, which imports jax
 _BEAT = "BAGUA_JAX_BEAT"
+_SUPERVISOR = "BAGUA_JAX_SUPERVISOR"
 _POLL = 0.05
 _QUICK = ("step", "evaluating", "saving")
 _STARTING = 600.0
@@ -40,6 +42,20 @@ _LONGEST = 60.0
 def is_launched() -> bool:
     """Say whether ``bagua-jax launch`` started this process."""
     return _PROCESS in os.environ
+
+
+def tie() -> None:
+    """Make this process die with its supervisor, however that dies.
+
+    On Linux the kernel sees to it. Elsewhere the process notices at its next step that
+    nobody listens.
+    """
+    faulthandler.register(signal.SIGUSR1)  # asked for where it hangs
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(os.environ[_SUPERVISOR]):  # it was quicker
+        os._exit(CRASHED)
 
 
 def beat(phase: str, label: str = "", step: int = 0) -> None:
@@ -180,7 +196,6 @@ def _started(
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "OMP_NUM_THREADS": "1",
     }
-    tie = _tie_to(os.getpid())
     processes: list[_Process] = []
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -189,6 +204,7 @@ def _started(
             os.set_blocking(read, False)
             os.set_blocking(write, False)
             own = {_PROCESS: f"{index}/{count}", _BEAT: str(write)}
+            own[_SUPERVISOR] = str(os.getpid())
             path = folder / f"{index}.log"
             with open(path, "wb" if fresh else "ab") as log:
                 popen = subprocess.Popen(
@@ -199,7 +215,6 @@ def _started(
                     stderr=log,
                     pass_fds=(write,),
                     start_new_session=True,  # Ctrl-C is for the supervisor
-                    preexec_fn=tie,
                 )
             os.close(write)
             processes.append(_Process(index, popen, read, path))
@@ -217,23 +232,6 @@ def _started(
 
 def _terminated(number, frame) -> None:
     raise SystemExit(128 + number)
-
-
-def _tie_to(parent: int) -> Callable[[], None] | None:
-    """Make what a child does first, so that it dies with its parent, however that dies.
-
-    Linux only. Elsewhere a child notices at its next step that nobody listens.
-    """
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, pr_set_pdeathsig = ctypes.CDLL(None).prctl, 1
-
-    def tie() -> None:
-        prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it was quicker
-            os._exit(CRASHED)
-
-    return tie
 
 
 def _watch(processes: Sequence[_Process], stuck_after: float) -> _Failure | None:

@@ -64,13 +64,13 @@ def prepare_host_devices(config: ExperimentConfig) -> None:
     if config.where == "processes":
         from bagua_jax import processes
 
-        # gloo tells file 1 of every connection: that belongs in the log, on stderr.
-        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
         try:
             processes.start(config.workers)
         except ValueError as error:
             raise ConfigError(f"where: {error}") from None
+        # gloo tells file 1 of every connection: that belongs in the log, on stderr.
+        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
         return
     if config.where == "devices":
         # Fewer threads than this, and the collectives of jax 0.10 can wait for ever.

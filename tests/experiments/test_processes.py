@@ -1,0 +1,281 @@
+"""Several processes: equal numbers, one supervisor, nothing lost and nothing left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bagua_jax import processes
+from bagua_jax.experiments import supervise
+
+ALGORITHMS = [
+    {"name": "gradient_allreduce"},
+    {"name": "bytegrad", "error_feedback": "both"},
+    {
+        "name": "qadam",
+        "learning_rate": 0.05,
+        "warmup_steps": 5,
+        "error_feedback": "both",
+    },
+    {
+        "name": "decentralized",
+        "topology": "one_peer_exponential",
+        "communication_interval": 3,
+    },
+    {"name": "low_precision_decentralized"},
+    {"name": "async_model_average", "period": 3, "staleness": 2, "warmup_steps": 2},
+]
+# gloo adds in another order than the host devices of one process: what sums in full
+# precision differs in its last bits, and what moves bytes or gossips does not.
+SUMS = ("gradient_allreduce", "qadam", "async_model_average")
+
+
+def launch(*argv: str, **popen) -> subprocess.Popen:
+    """Start `bagua-jax launch`; what it and its processes print can be read."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bagua_jax.experiments", "launch", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Processes that a process has started and that still are."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in path.read_text().split()]
+
+
+def test_all_six_are_the_same_in_two_processes(lab):
+    config = lab.config(output=str(lab.root / "two"), algorithms=ALGORITHMS)
+    said, _ = (ours := launch("-n", "2", "--", "run", config)).communicate(timeout=300)
+    assert ours.returncode == 0, said
+    assert said.count("4 workers on host devices in 2 processes") == 2
+    assert lab.run(output="one", algorithms=ALGORITHMS)[0] == 0
+    for label in (entry["name"] for entry in ALGORITHMS):
+        two, one = lab.lines(label, "two"), lab.lines(label, "one")
+        assert [line.keys() for line in two] == [line.keys() for line in one]
+        assert lab.summary(label, "two")["wire"] == lab.summary(label, "one")["wire"]
+        if label in SUMS:
+            for ours, theirs in zip(two, one, strict=True):
+                np.testing.assert_allclose(
+                    list(ours.values()), list(theirs.values()), rtol=2e-5, atol=1e-9
+                )
+        else:
+            assert lab.metrics(label, "two") == lab.metrics(label, "one")
+            assert lab.state(label, "two") == lab.state(label, "one")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
+    """The coordinator is killed, then all are interrupted; one process finishes."""
+    changes = {"algorithms": ALGORITHMS[1:2], "steps": 500, "eval_every": 250}
+    changes["checkpoint_every"] = 30
+    assert lab.run(output="whole", **changes)[0] == 0
+    config = lab.config(output=str(lab.root / "cut"), **changes)
+    ours = launch("-n", "2", "--restarts", "1", "--", "run", config)
+
+    def wait_for(steps: int) -> None:
+        until = time.monotonic() + 200
+        while time.monotonic() < until and ours.poll() is None:
+            paths = (lab.root / "cut").glob("*/*/metrics.jsonl")
+            if sum(path.read_bytes().count(b"\n") for path in paths) > steps:
+                return
+            time.sleep(0.01)
+        pytest.fail(f"never came to step {steps}: {ours.communicate()[0]}")
+
+    wait_for(60)
+    first, second = children(ours)
+    os.kill(first, signal.SIGKILL)
+    wait_for(200)
+    again = children(ours)
+    assert not {first, second} & set(again) and len(again) == 2
+    ours.send_signal(signal.SIGINT)
+    said, _ = ours.communicate(timeout=60)
+    assert ours.returncode == 1 and "the same command continues" in said
+    assert "process 0 (workers 0 to 1, host" in said and "SIGKILL at step" in said
+    assert "continues after step" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in again)
+
+    last, _ = (ours := launch("-n", "1", "--", "run", config)).communicate(timeout=300)
+    assert ours.returncode == 0 and "continues after step" in last, last
+    assert lab.metrics("bytegrad", "cut") == lab.metrics("bytegrad", "whole")
+    assert lab.state("bytegrad", "cut") == lab.state("bytegrad", "whole")
+    left = (lab.folder("bytegrad", "cut") / "checkpoints").iterdir()
+    assert {path.name for path in left} == {"480", "500"}
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["-n", "3", "--", "run", "CONFIG"], "4 workers cannot go equally to 3"),
+        (["-n", "2"], "comes after --"),
+        (["-n", "2", "--", "list"], "`run CONFIG` in several processes"),
+        (["-n", "2", "--", "run", "CONFIG", "--where", "devices"], "got 'devices'"),
+        (["-n", "2", "--", "run", "CONFIG", "--steps", "0"], "steps: must be positive"),
+    ],
+    ids=str,
+)
+def test_launch_refuses(lab, argv, words):
+    config = lab.config(output=str(lab.root))
+    argv = [config if word == "CONFIG" else word for word in argv]
+    status, out, err = lab.main("launch", *argv)
+    assert status == 2 and words in err, (out, err)
+
+
+def test_processes_need_a_launcher(lab, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MPI_", "OMPI_", "BAGUA_JAX_")):
+            monkeypatch.delenv(name)
+    status, _, err = lab.run("--where", "processes")
+    assert status == 2 and "bagua-jax launch -n 2 -- run CONFIG" in err
+
+
+@pytest.mark.parametrize(
+    ("resolved", "hosts", "words"),
+    [
+        ("203.0.113.7", 1, "no address of this host"),
+        ("127.0.0.1", 2, "there are 2 hosts"),
+        (None, 1, "resolves to no address"),
+        ("8.8.8.8", 1, "a public address"),
+    ],
+)
+def test_a_host_name_that_collectives_cannot_use_is_refused(
+    monkeypatch, resolved, hosts, words
+):
+    def getaddrinfo(name, *args, **kwargs):
+        if resolved is None:
+            raise OSError("Name or service not known")
+        return [(processes.socket.AF_INET, None, None, "", (resolved, 0))]
+
+    monkeypatch.setattr(processes.socket, "getaddrinfo", getaddrinfo)
+    if words == "a public address":  # as if it were this host's
+        monkeypatch.setattr(processes.socket.socket, "bind", lambda *args: None)
+    with pytest.raises(ValueError, match=words) as refusal:
+        processes.listening_address(hosts=hosts)
+    assert "/etc/hosts" in str(refusal.value)
+
+
+def test_this_host_has_an_address_to_listen_on():
+    address = processes.listening_address()
+    assert not processes.ipaddress.ip_address(address).is_global
+
+
+# --- the supervisor, over programs of a line or two ---
+
+
+def watch(tmp_path, program: str, count: int = 2, **policy) -> int:
+    """Supervise a program that may ``beat`` and knows its number and its attempt."""
+    start = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from bagua_jax.experiments.supervise import beat, tie\n"
+        "tie()\n"
+        "me = int(os.environ['BAGUA_JAX_PROCESS'][0])\n"
+        f"count = Path({str(tmp_path)!r}) / f'attempts{{me}}'\n"
+        "attempt = len(count.read_text()) if count.exists() else 0\n"
+        "count.write_text('x' * (attempt + 1))\n"
+        "Path(str(count) + '.pid').write_text(str(os.getpid()))\n"
+    )
+    return supervise.supervise(
+        [sys.executable, "-c", start + program],
+        count,
+        tmp_path,
+        labels=["first", "second"],
+        workers=2 * count,
+        policy=supervise.Policy(**{"backoff": 0.01} | policy),
+    )
+
+
+def attempts(tmp_path) -> int:
+    return len((tmp_path / "attempts0").read_text())
+
+
+def test_all_finish(tmp_path):
+    assert watch(tmp_path, "beat('step', 'first', 1)") == 0
+
+
+def test_the_exit_status_is_that_of_the_first_failure(tmp_path, capfd):
+    program = "beat('step', 'first', 7); print('why', file=sys.stderr, flush=True)\n"
+    program += "sys.exit(5) if me else time.sleep(600)"
+    assert watch(tmp_path, program, restarts=9) == 5
+    said = capfd.readouterr().err
+    assert "process 1 (workers 2 to 3, host" in said
+    assert "exit status 5 at step 7 of first" in said and "    why" in said
+    assert "restart" not in said  # it said itself that it could not go on
+
+
+def test_a_signal_is_named_and_all_start_again(tmp_path, capfd):
+    program = "beat('step', 'first', 5 * attempt + 5)\n"
+    program += "os.kill(os.getpid(), signal.SIGKILL) if me and attempt < 2 else None\n"
+    program += "other = count.with_name('attempts1')\n"
+    program += (
+        "while not other.exists() or len(other.read_text()) < 3: time.sleep(0.01)"
+    )
+    assert watch(tmp_path, program, restarts=2) == 0
+    said = capfd.readouterr().err
+    assert "SIGKILL at step 5 of first" in said and "SIGKILL at step 10" in said
+    assert "restart 2 of 2" in said
+
+
+def test_restarts_are_bounded(tmp_path, capfd):
+    program = "beat('step', 'second', attempt + 1); sys.exit(3)"
+    assert watch(tmp_path, program, 1, restarts=2) == 3
+    assert "gives up after 2 restarts" in capfd.readouterr().err
+    assert attempts(tmp_path) == 3
+
+
+def test_without_a_step_gained_it_gives_up(tmp_path, capfd):
+    program = "beat('step', 'second', 4); os.kill(os.getpid(), signal.SIGSEGV)"
+    assert watch(tmp_path, program, 1, restarts=9) == 128 + signal.SIGSEGV
+    assert "no step was gained" in capfd.readouterr().err
+    assert attempts(tmp_path) == 2
+    assert watch(tmp_path, program, 1, restarts=9, fruitless=3) == 139
+    assert attempts(tmp_path) == 2 + 4
+
+
+def test_a_process_that_hangs_is_found_among_those_that_wait(tmp_path, capfd):
+    program = "beat('step', 'first', 3)\n"
+    program += "if me != 1: time.sleep(0.2); beat('step', 'first', 4)\n"
+    program += "os.kill(os.getpid(), signal.SIGSTOP) if me == 1 else time.sleep(600)"
+    assert watch(tmp_path, program, 3, stuck_after=1.0) == 128 + signal.SIGALRM
+    said = capfd.readouterr().err
+    assert "process 1 (workers 2 to 3" in said and "has not moved" in said
+    assert "at step 3 of first" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's tie is Linux's")
+def test_no_process_is_left_when_the_supervisor_is_killed(tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_processes\n"
+        "from pathlib import Path\n"
+        "test_processes.watch(Path(sys.argv[2]), 'time.sleep(600)')"
+    )
+    here = str(Path(__file__).parent)
+    with subprocess.Popen([sys.executable, "-c", program, here, str(tmp_path)]) as it:
+        pids = [tmp_path / f"attempts{me}.pid" for me in range(2)]
+        while not all(path.exists() and path.read_text() for path in pids):
+            time.sleep(0.01)
+        it.kill()
+    left = [int(path.read_text()) for path in pids]
+    until = time.monotonic() + 20
+    while any(map(is_alive, left)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(is_alive, left))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

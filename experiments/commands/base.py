@@ -19,6 +19,7 @@ __all__ = [
     "OnConfig",
     "complain",
     "console",
+    "join_processes",
     "prepare_host_devices",
 ]
 
@@ -53,30 +54,35 @@ def console(*, quiet: bool = False) -> "Console":
     return found
 
 
-def prepare_host_devices(config: ExperimentConfig) -> None:
-    """Have a device for each worker, before jax starts its first backend.
+def join_processes(config: ExperimentConfig) -> None:
+    """Join the other processes of a run, before jax starts its first backend.
 
-    Joins the other processes where there are to be several; else makes host devices.
+    Raises:
+        ConfigError: if there are none, or they cannot have these workers.
+    """
+    from bagua_jax import processes
+
+    try:
+        processes.start(config.workers)
+    except ValueError as error:
+        raise ConfigError(f"where: {error}") from None
+    # gloo tells file 1 of every connection: that belongs in the log, on stderr.
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+
+def prepare_host_devices(config: ExperimentConfig) -> None:
+    """Have a host device for each worker, before jax starts its first backend.
 
     A simulation needs them too, to compile what its step would send; one of more
     workers than ``_COUNTED`` goes without, because that takes minutes.
     """
-    if config.where == "processes":
-        from bagua_jax import processes
-
-        try:
-            processes.start(config.workers)
-        except ValueError as error:
-            raise ConfigError(f"where: {error}") from None
-        # gloo tells file 1 of every connection: that belongs in the log, on stderr.
-        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
-        return
-    if config.where == "devices":
+    on_devices = config.where != "simulate"
+    if on_devices:
         # Fewer threads than this, and the collectives of jax 0.10 can wait for ever.
         os.environ.setdefault("NPROC", str(2 * config.workers))
     import jax
 
     with contextlib.suppress(RuntimeError):  # jax has started: there are what there are
-        if config.where == "devices" or config.workers <= _COUNTED:
+        if on_devices or config.workers <= _COUNTED:
             jax.config.update("jax_num_cpu_devices", config.workers)

@@ -28,7 +28,10 @@ class Run(base.OnConfig):
 def main(command: Run) -> int:
     """Do the runs, report on them, and judge the config's claims."""
     config = command.experiment
-    base.prepare_host_devices(config)
+    if config.where == "processes":
+        base.join_processes(config)
+    else:
+        base.prepare_host_devices(config)
 
     from bagua_jax import processes
     from bagua_jax.experiments import catalog, report, tasks, train

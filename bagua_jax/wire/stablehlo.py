@@ -117,8 +117,6 @@ class _Program:
         self.silent: set[str] = set()  # functions that send nothing
 
     def count(self) -> WireCount:
-        if "main" not in self.symbols:
-            raise ValueError(f"{_CALLER}: the program has no function named main.")
         found = self.function("main", "", self.partitions)
         self.weights.require_known_names()
         return WireCount(tuple(found))
@@ -126,8 +124,10 @@ class _Program:
     def function(self, name: str, prefix: str, free: int) -> list[Collective]:
         if name in self.silent:
             return []
-        (region,) = self.symbols[name].regions
-        found = self.region(region, prefix, free)
+        body = self.symbols[name].regions[0] if name in self.symbols else None
+        if body is None or not [op for block in body.blocks for op in block.operations]:
+            raise ValueError(f"{_CALLER}: the program has no function named {name!r}.")
+        found = self.region(body, prefix, free)
         if not found:
             self.silent.add(name)
         return found
@@ -144,8 +144,7 @@ class _Program:
         path = "/".join(filter(None, (prefix, _name(op))))
         if _COLLECTIVE.match(op.name) or _target(op) == _RAGGED:
             return self.collective(op, path, free)
-        called = [name for name in _callees(op) if name in self.symbols]
-        if called:
+        if called := _callees(op):
             inside = 1 if _enters_shards(op) else free
             return [c for name in called for c in self.function(name, path, inside)]
         if op.name == "sdy.manual_computation":
@@ -169,10 +168,14 @@ class _Program:
 
     def mapped(self, op: Any) -> int:
         """Count the shards that a manual computation maps, over all of its axes."""
-        mesh = re.search(r"<@([\w.]+|\"[^\"]*\")", str(op.attributes["in_shardings"]))
-        mesh = mesh or re.search(r"<@([\w.]+)", str(op.attributes["out_shardings"]))
-        sizes = dict(_axes(self.symbols[mesh[1].strip('"')])[0]) if mesh else {}
+        shardings = [str(op.attributes[f"{side}_shardings"]) for side in ("in", "out")]
+        mesh = re.search(r"<@([\w.]+)", "".join(shardings))
         axes = re.findall(r'"([^"]*)"', str(op.attributes["manual_axes"]))
+        if axes and (not mesh or mesh[1] not in self.symbols):
+            raise ValueError(
+                f"{_CALLER}: {op.name} names no mesh of the program: {shardings}."
+            )
+        sizes = dict(_axes(self.symbols[mesh[1]])[0]) if mesh else {}
         return math.prod(sizes[axis] for axis in axes)
 
     def collective(self, op: Any, path: str, free: int) -> list[Collective]:
@@ -298,17 +301,13 @@ def _target(op: Any) -> str:
 
 
 def _callees(op: Any) -> list[str]:
-    keys = {
-        "func.call": "callee",
-        "stablehlo.composite": "decomposition",
-        "stablehlo.custom_call": "called_computations",
-    }
-    key = keys.get(op.name)
-    return (
-        re.findall(r"@([\w.]+)", str(op.attributes[key]))
-        if (key and key in op.attributes)
-        else []
-    )
+    """Name the functions that an operation calls."""
+    if op.name == "stablehlo.custom_call":
+        given = op.attributes
+        called = given["called_computations"] if "called_computations" in given else []
+        return [ir.FlatSymbolRefAttr(symbol).value for symbol in called]
+    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(op.name)
+    return [ir.FlatSymbolRefAttr(op.attributes[key]).value] if key else []
 
 
 def _enters_shards(op: Any) -> bool:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from wire_programs import W, lower, lower_here, repeated, scanned, step_number
+from wire_programs import W, lower, lower_here, repeated, scanned, shift, step_number
 
 from bagua_jax import Workers, schedules, wire
 
@@ -194,6 +194,37 @@ def test_a_function_called_twice_counts_twice():
     assert paths == ["jit(f)/shard_map/first/psum", "jit(f)/shard_map/second/psum"]
 
 
+def test_functions_of_any_name():
+    """Of jit, which names functions after those of Python."""
+
+    def odd(x):
+        return lax.psum(x, W)
+
+    odd.__name__ = "we.ird näme<1>"
+
+    def fn(x):
+        return jax.jit(odd)(jax.jit(lambda x: shift(x, 1))(x))
+
+    kinds = [c.kind for c in wire.intended(lower(fn)).collectives]
+    assert kinds == ["collective-permute", "all-reduce"]
+    call = f"%y = func.call @missing(%x) : ({VECTOR}) -> {VECTOR}"
+    declared = f"func.func private @missing({VECTOR}) -> {VECTOR}"
+    with pytest.raises(ValueError, match="no function named 'missing'"):
+        wire.intended(module(call, functions=declared))
+
+
+def test_custom_calls_are_followed():
+    functions = f"""
+  func.func private @f(%x: {VECTOR}) -> {VECTOR} {{
+    %y = {all_reduce()}
+    return %y : {VECTOR}
+  }}"""
+    call = f"%y = stablehlo.custom_call @t(%x) {{called_computations = [@f]}} : ({VECTOR}) -> {VECTOR}"
+    assert wire.intended(module(call, functions=functions)).messages_per_worker == 1
+    call = f'%y = stablehlo.composite "own.t" %x {{decomposition = @f}} : ({VECTOR}) -> {VECTOR}'
+    assert wire.intended(module(call, functions=functions)).messages_per_worker == 1
+
+
 def test_other_collectives():
     def one(op):
         return wire.intended(module(op)).collectives[0]
@@ -337,7 +368,9 @@ def test_text_and_module_and_lowered_agree():
 def test_only_lowered_programs_are_counted():
     compiled = lower_here(repeated).compile()
     for wrong in (compiled.as_text(), "", jnp.sin, "module @m {"):
-        with pytest.raises(ValueError, match=r"lowered program|no function named main"):
+        with pytest.raises(
+            ValueError, match=r"lowered program|no function named 'main'"
+        ):
             wire.intended(wrong)
 
 

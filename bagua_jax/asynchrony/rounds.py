@@ -144,6 +144,7 @@ class Rounds:
         self._interval_s, self._timeout_s = interval_s, timeout_s
         self._wake, self._ended = threading.Event(), 0.0
         self._failure: BaseException | None = None
+        self._abandoned = False
         self.rounds = 0
 
         # Everything is compiled, and every connection open, before the first step: one
@@ -164,6 +165,7 @@ class Rounds:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """Finish: mix until every worker has finished; at once if there is an error."""
         if error is not None:
+            self._abandoned = True
             return  # the process fails; those who wait for it learn from the runtime
         self._replica.finished = True
         self._wake.set()
@@ -182,7 +184,7 @@ class Rounds:
     def _run(self) -> None:
         replica = self._replica
         try:
-            while True:
+            while not self._abandoned:
                 finished = replica.finished  # read first: then the snapshot is final
                 snapshot, taken = replica.snapshot()
                 self._carry, correction, all_finished = self._round(snapshot, finished)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from bagua_jax.experiments.folders import RunError, require_writable
 __all__ = ["Async", "main"]
 
 _SECRET = "BAGUA_JAX_SECRET"
+_PARENT = "BAGUA_JAX_PARENT"  # process that a worker does not outlive
 _THREADS = "2"  # of XLA in every process: their number decides the last bits of sums
 
 
@@ -145,6 +147,9 @@ def _work(command: Async) -> int:
         raise ConfigError(f"--addresses: --worker needs those of all {n} workers.")
     for address in command.addresses:
         endpoint(address)  # refuses a public one
+    if _PARENT in os.environ:
+        parent = int(os.environ[_PARENT])
+        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     if command.exchange == "rounds":
         import jax
 
@@ -176,6 +181,12 @@ def _work(command: Async) -> int:
     return 0
 
 
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(base.FAILED)
+
+
 # --- all of them ---
 
 
@@ -198,7 +209,8 @@ def _train(command: Async, run: ExperimentConfig, setting, folder: Path, console
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    env = compiled | os.environ | {_SECRET: secrets.token_hex(32)}
+    own = {_SECRET: secrets.token_hex(32), _PARENT: str(os.getpid())}
+    env = compiled | os.environ | own
 
     def start(worker: int) -> subprocess.Popen:
         with open(folder / f"log-{worker}.txt", "ab") as log:

@@ -1,5 +1,6 @@
 """Rounds over two real processes: what they promise, and their replay in this one."""
 
+import threading
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from asynchrony.processes import Workers, free_ports
 from asynchrony.training import ALGORITHMS, Trainer, initial
 
 import bagua_jax
-from bagua_jax.asynchrony import Replica, make_exchange, read, replay, staleness
+from bagua_jax.asynchrony import Replica, Rounds, make_exchange, read, replay, staleness
 
 N = 2
 
@@ -94,3 +95,47 @@ def test_a_log_with_a_hole_is_refused(run):
             lambda number, workers, snapshots: [no_change] * N,
             steps,
         )
+
+
+# --- what goes wrong, with one worker in this process ---
+
+
+def alone(**options) -> tuple[Replica, Rounds]:
+    replica = Replica(initial())
+    workers = bagua_jax.Workers.devices(1)
+    return replica, Rounds(replica, ALGORITHMS["full"](), workers, **options)
+
+
+def no_step(params):
+    return params, None
+
+
+def test_what_the_thread_dies_of_is_raised_by_the_next_step(tmp_path):
+    log = open(tmp_path / "events.jsonl", "w")  # noqa: SIM115
+    log.close()
+    replica, rounds = alone(log=log)
+    with pytest.raises(ValueError, match="closed file"), rounds:
+        for _ in range(10**6):
+            replica.step(no_step)
+
+
+def test_a_round_that_does_not_end_is_reported_with_its_number():
+    never = threading.Event()
+    replica, rounds = alone(timeout_s=0.2)
+    rounds._round = lambda snapshot, finished: never.wait()
+    with pytest.raises(TimeoutError, match=r"worker 0 has waited .* for round 0"):
+        with rounds:
+            replica.step(no_step)
+    never.set()
+
+
+def test_an_error_in_the_loop_is_not_kept_waiting():
+    replica, rounds = alone()
+    with pytest.raises(KeyError, match="mine"), rounds:
+        raise KeyError("mine")
+
+
+def test_a_process_needs_exactly_one_of_the_devices():
+    for workers in (bagua_jax.Workers.simulate(2), bagua_jax.Workers.devices(2)):
+        with pytest.raises(ValueError, match="every process must have one"):
+            Rounds(Replica(initial()), ALGORITHMS["full"](), workers)

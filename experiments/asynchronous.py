@@ -89,7 +89,8 @@ def require_suitable(config: ExperimentConfig, setting: Setting) -> None:
     if setting.exchange == "rounds" and setting.compressor:
         raise ConfigError(
             "--compressor: is of pairs; in rounds it is the algorithm's own, as in "
-            "{name: cocktail_sgd, compressor: minmax_uint8, mask_ratio: 1.0}."
+            "{name: diloco, local_steps: 1, outer_learning_rate: 1.0, "
+            "outer_momentum: 0.0, compressor: minmax_uint8}."
         )
     if setting.compressor:
         catalog.compressor(setting.compressor, "--compressor")

@@ -98,7 +98,7 @@ class Rounds:
     Args:
         replica: of this worker.
         tx: a weight-side algorithm over ``workers.axis_name``, such as
-            ``async_model_average(period=1)`` or ``cocktail_sgd(minmax_uint8())``; see
+            ``async_model_average(period=1)`` or ``choco_sgd(minmax_uint8(), ...)``; see
             :func:`make_exchange`.
         workers: ``Workers.devices()``, one device for each process.
         log: where events go, one JSON line each; ``None`` for nowhere.

@@ -4,13 +4,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax.algorithms import async_model_average, cocktail_sgd, decentralized
+from bagua_jax.algorithms import async_model_average, decentralized, diloco
 from bagua_jax.compressors import minmax_uint8
 
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 ALGORITHMS = {
     "full": lambda: async_model_average(axis_name="workers", period=1),
-    "low": lambda: cocktail_sgd(minmax_uint8(), axis_name="workers", mask_ratio=1.0),
+    "low": lambda: diloco(
+        axis_name="workers",
+        local_steps=1,
+        outer_learning_rate=1.0,
+        outer_momentum=0.0,
+        compressor=minmax_uint8(),
+    ),
     "ring": lambda: decentralized(axis_name="workers", topology="ring"),
 }
 

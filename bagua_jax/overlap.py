@@ -70,8 +70,8 @@ class Chain:
             correction. One bucket for each part is best: give it a ``bucket_bytes``
             above the largest. ``None``: gradients stay local, for micro-batches before
             the last one of a step; pass worker-local params then.
-        params: the parts by name: the layers, and the rest. Small leaves, such as a last
-            norm, are best kept in a part with others: a part is a message.
+        params: the parts by name: the layers, and the rest. Small leaves, such as a
+            last norm, are best kept in a part with others: a part is a message.
         state: of :func:`init`; ``None`` for an exchange that keeps none.
         axis_name: the workers' axis, or ``("node", "local")``.
         lag: how many layers of the backward pass an exchange may take; static. 1 fits
@@ -108,9 +108,10 @@ class Chain:
         ...     return chain.finish(x.sum())
         >>> grad = jax.grad(loss_fn, argnums=(0, 1))
         >>> step = lambda x: grad(params, init(exchange, params), x)[0]
-        >>> grads = jax.vmap(step, axis_name="workers")(jnp.array([[1.0], [2.0], [6.0]]))
-        >>> grads["a"].ravel().round(3).tolist()
-        [6.0, 6.0, 6.0]
+        >>> batch = jnp.array([[1.0], [2.0], [6.0]])
+        >>> grads = jax.vmap(step, axis_name="workers")(batch)
+        >>> [f"{x:.3f}" for x in grads["a"].ravel()]
+        ['6.000', '6.000', '6.000']
     """
 
     def __init__(
@@ -188,9 +189,9 @@ class Chain:
         """
         if missing := self._params.keys() - self._hooked.keys():
             raise ValueError(
-                f"Chain.finish: {sorted(missing)} never went through the chain, so that "
-                "the gradients would not be exchanged. Call chain(layer, name, x), or "
-                "take chain[name]."
+                f"Chain.finish: {sorted(missing)} never went through the chain, so "
+                "their gradients would not be exchanged. Call chain(layer, name, x), "
+                "or take chain[name]."
             )
         return loss
 
@@ -203,14 +204,16 @@ class Chain:
         if self._exchange is not None:
             _require_replicated(part, self._axis_name, name)
             earlier = None if self._earlier is None else self._earlier[name]
-            part, x, self._tokens = _hook(self._exchange, self._axis_name)(
+            part, x, self._tokens = _hook(self._exchange, self._axis_name, name)(
                 part, self._state[name], earlier, x, self._tokens
             )
         self._hooked[name] = part
         return part, x
 
 
-def _hook(exchange: optax.GradientTransformation, axis_name: AxisName) -> Callable:
+def _hook(
+    exchange: optax.GradientTransformation, axis_name: AxisName, name: str
+) -> Callable:
     """Make the identity whose backward pass exchanges, and ties.
 
     The cotangents of the tokens carry, backward, the news that an exchange is finished;
@@ -228,11 +231,14 @@ def _hook(exchange: optax.GradientTransformation, axis_name: AxisName) -> Callab
     def backward(kept, cotangents):
         state, earlier = kept
         grads, x, tokens = cotangents
+        if x is not None:  # an embedding has no layer below, and is late as it is
+            grads, x = _after(tokens[-1], (grads, x))
         if earlier is not None:
             grads = jax.tree.map(lambda g, e: g + e.astype(g.dtype), grads, earlier)
-        mean, state = exchange.update(grads, _from_floats(state, exchange.init(grads)))
-        tied = jax.tree.map(lambda v: _after(tokens[-1], v), x)
-        return mean, _as_floats(state), None, tied, (_token(mean), *tokens[:-1])
+        state = _from_floats(state, exchange.init(grads))
+        with jax.named_scope(f"exchange({name})"):  # paths of timelines and wire counts
+            mean, state = exchange.update(grads, state)
+        return mean, _as_floats(state), None, x, (_token(mean), *tokens[:-1])
 
     hook.defvjp(forward, backward)
     return hook
@@ -264,15 +270,20 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 
 
-def _after(token: jax.Array, x: jax.Array) -> jax.Array:
-    """Give x, which is there only once the token is.
+def _after(token: jax.Array, tree: Any) -> Any:
+    """Give a tree that is there only once the token is.
 
     An odd number is never zero, which the compiler does not find out: it keeps the
     select. (It removes ``lax.optimization_barrier``.)
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return jnp.where((_bits(token) | 1) == 0, jnp.zeros_like(x), x)
+    never = (_bits(token) | 1) == 0
+
+    def wait(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x  # nothing flows back to it
+        return jnp.where(never, jnp.zeros_like(x), x)
+
+    return jax.tree.map(wait, tree)
 
 
 # --- state as cotangents --------------------------------------------------------------
@@ -305,8 +316,10 @@ def _from_floats(tree: Any, like: Any) -> Any:
         bits = jax.random.key_data(like) if _is_key(like) else like
         wide = jnp.int64 if bits.dtype.itemsize == 8 else jnp.int32
         x = lax.bitcast_convert_type(x, wide).astype(bits.dtype)
-        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(
-            like
-        ) else x
+        return (
+            jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+            if _is_key(like)
+            else x
+        )
 
     return jax.tree.map(convert, tree, like)

@@ -13,6 +13,11 @@ Inside ``shard_map`` JAX knows which values may differ between workers (*varying
 which are equal (*invariant*); the helpers here mark, prove and check it.
 """
 
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +50,7 @@ __all__ = [
     "neighbours",
     "node_shard",
     "num_peers",
+    "on_nodes",
     "peer_axis",
     "require_local",
     "scatter_rows",
@@ -110,6 +116,58 @@ def axis_index(axis_name: AxisName, caller: str = "axis_index") -> jax.Array:
 def num_peers(axis_name: AxisName, caller: str) -> int:
     """Count who takes part in the relaxation: workers, or the nodes of a hierarchy."""
     return axis_size(peer_axis(axis_name), caller)
+
+
+_NODES: ContextVar[tuple[int, ...]] = ContextVar("nodes", default=())
+
+
+@contextlib.contextmanager
+def on_nodes(nodes: Sequence[int] | np.ndarray) -> Iterator[None]:
+    """Say where the workers of the program that is traced inside will stand.
+
+    Args:
+        nodes: the node of each worker of a flat axis.
+    """
+    token = _NODES.set(tuple(int(node) for node in nodes))
+    try:
+        yield
+    finally:
+        _NODES.reset(token)
+
+
+def _warn_of_flat(n: int, elements: int, itemsize: int, nbytes: int, name: str) -> None:
+    """Warn where compressing saves nothing between nodes; ``nbytes`` of one part.
+
+    All-to-all sends a part to each device of other nodes; a ring enters and leaves a
+    node once, and a node's devices share what crosses.
+    """
+    nodes = len(set(_NODES.get()))
+    if nodes < 2 or len(_NODES.get()) != n or n % nodes:
+        return
+    local = n // nodes
+    flat = ((n - local) + (n - 1) / local) * nbytes / elements
+    ring = 2 * (n - 1) / n * itemsize / local
+    if flat >= ring:
+        _warn_once(
+            nodes,
+            local,
+            name,
+            f"{flat:.2f}",
+            f"{ring:.2f}",
+            f"{2 * (nodes - 1) * nbytes / elements:.2f}",
+        )
+
+
+@functools.cache
+def _warn_once(nodes, local, name, flat, ring, hierarchical):
+    warnings.warn(
+        f"c_lp_s: the axis spans {nodes} nodes of {local} devices. There a flat "
+        f"exchange of {name} sends {flat} bytes per element through each device's "
+        f"network card, no less than a ring all-reduce, {ring}. Between nodes only it "
+        f"would send {hierarchical}: Workers.devices(({nodes}, {local})) and "
+        "axis_name=('node', 'local').",
+        stacklevel=4,
+    )
 
 
 def _inside_shard_map(axis: str) -> bool:
@@ -521,11 +579,17 @@ def c_lp_s(
 
     Communication:
         One all-to-all and one all-gather of payloads; payloads of several leaves
-        travel as one byte vector. Sent per worker: 2(n-1) payloads of ceil(N/n).
+        travel as one byte vector. Sent per worker: 2(n-1) payloads of ceil(N/n). In a
+        hierarchy, before it a reduce-scatter inside the node in x's dtype, and after it
+        an all-gather of all payloads inside the node.
 
     Raises:
         NameError: if the axis is not mapped here.
         ValueError: if the compressor keeps state.
+
+    Warns:
+        UserWarning: once, with the bytes, where a flat axis spans nodes (``Workers``
+            says so) and a ring all-reduce sends no more between them.
 
     References:
         Gan et al., BAGUA, 2021, C_LP_S and ScatterReduce; Tang et al.,
@@ -536,18 +600,19 @@ def c_lp_s(
     """
     if x.size == 0:
         return _nothing(x), errors
-    axis, padding = peer_axis(axis_name), compressor.facts.padding
-    shard = node_shard(x, axis_name, "c_lp_s", padding)
+    shard = node_shard(x, axis_name, "c_lp_s", compressor.facts.padding)
     take = lambda d: None if d is None else shard.take(d)  # noqa: E731
     put = lambda d: None if d is None else shard.put(d)  # noqa: E731
-    mean, local = _scatter_reduce(
-        shard.value, compressor, Errors(*map(take, errors)), axis, padding, key
+    parts, local = _scatter_reduce(
+        shard.value, compressor, Errors(*map(take, errors)), axis_name, key
     )
-    return _narrow(shard.gather(mean), x.dtype), Errors(*map(put, local))
+    mean = parts.reshape(-1)[: x.shape[0]]
+    return _narrow(mean, x.dtype), Errors(*map(put, local))
 
 
-def _scatter_reduce(x, compressor, errors, axis, padding, key):
-    """Run both phases of :func:`c_lp_s` over one axis."""
+def _scatter_reduce(x, compressor, errors, axis_name, key):
+    """Run both phases of :func:`c_lp_s` between peers; give each device's shard."""
+    axis, padding = peer_axis(axis_name), compressor.facts.padding
     n, total = axis_size(axis), x.shape[0]
     length = -(-total // n)
     part = jax.ShapeDtypeStruct((length,), _accumulator(x))
@@ -576,7 +641,11 @@ def _scatter_reduce(x, compressor, errors, axis, padding, key):
         sent = decode(payload).reshape(-1)[:total]
         errors = errors._replace(worker=corrected - sent)
 
-    received = _all_to_all(_pack(payload), axis)
+    message = _pack(payload)
+    if len(_axes(axis_name)) == 1:
+        nbytes = message[0].size * message.dtype.itemsize
+        _warn_of_flat(n, total, x.dtype.itemsize, nbytes, compressor.facts.name)
+    received = _all_to_all(message, axis)
     mean = jnp.mean(decode(_unpack(received, one)), axis=0)
     if errors.owner is not None:
         mean = mean + _take_part(errors.owner, index, length, n, padding)
@@ -588,8 +657,11 @@ def _scatter_reduce(x, compressor, errors, axis, padding, key):
         unsent = mean - decode(payload)[0]
         errors = errors._replace(owner=_put_part(unsent, index, total, n))
 
-    gathered = _all_gather_invariant(_pack(payload)[0], axis)
-    return decode(_unpack(gathered, one)).reshape(-1)[:total], errors
+    gathered = _pack(payload)
+    for each in _axes(axis_name):  # inside the node, too, codes and not numbers
+        gathered = _all_gather_invariant(gathered, each, tiled=True)
+    decoded = decode(_unpack(gathered, one))
+    return decoded.reshape(-1, n * length)[:, :total], errors
 
 
 def gather_mean(

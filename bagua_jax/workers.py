@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bagua_jax.primitives import AxisName, varying_axes, worker_local
+from bagua_jax.primitives import AxisName, on_nodes, varying_axes, worker_local
 
 __all__ = ["Workers", "make_mesh"]
 
@@ -388,7 +388,11 @@ class Workers:
             out_specs=out_specs,
             axis_names=set(self.axes),
         )
-        return mapped(*jax.tree.leaves(args))
+        if not isinstance(self.mesh, Mesh):
+            return mapped(*jax.tree.leaves(args))
+        firsts = self.mesh.devices.reshape(self.num_workers, -1)[:, 0]
+        with on_nodes([device.process_index for device in firsts]):
+            return mapped(*jax.tree.leaves(args))
 
     def _vmapped(self, fn, args, flat_specs, out_specs):
         """Nest one vmap per axis, the first axis outermost."""

@@ -25,7 +25,7 @@ from bagua_jax.network import Network
 from bagua_jax.network.base import require, require_at_least
 from bagua_jax.planning.clusters import Cluster
 from bagua_jax.planning.schedule import Schedule, read_schedule
-from bagua_jax.primitives import AxisName
+from bagua_jax.primitives import AxisName, on_nodes
 from bagua_jax.workers import Workers
 
 __all__ = [
@@ -211,7 +211,9 @@ def lower(
     workers = Workers.abstract(shape, axis_name)
     program = workers.spmd(fn, in_specs, **jit)
     placed = workers.placed(args, in_specs)
-    return program.trace(*placed).lower(lowering_platforms=(cluster.platform,))
+    with on_nodes(cluster.nodes):
+        traced = program.trace(*placed)
+    return traced.lower(lowering_platforms=(cluster.platform,))
 
 
 def compile_lowered(

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from table import CODES, ROWS, Row, ids, payload, targets, training
 
@@ -62,7 +63,10 @@ def test_buckets_are_messages():
 
 
 def test_hierarchy_sends_shards_between_nodes():
-    """Two nodes of four: codes of a quarter of the vector cross between nodes."""
+    """Two nodes of four: codes of a quarter of the vector cross between nodes.
+
+    Inside the node gradients are added in float32, and codes gathered.
+    """
     row = Row("bytegrad", {}, 0)
     counted = wire.count(compiled(row, Workers.devices((2, 4))))
     shard = math.ceil(D / 4)
@@ -71,4 +75,18 @@ def test_hierarchy_sends_shards_between_nodes():
     assert kinds["all-to-all", "u8", 2] == pytest.approx(part)
     assert kinds["all-gather", "u8", 2] == pytest.approx(part)
     assert kinds["reduce-scatter", "f32", 4] == pytest.approx(3 * 4 * shard)
-    assert kinds["all-gather", "f32", 4] == pytest.approx(3 * 4 * shard)
+    assert kinds["all-gather", "u8", 4] == pytest.approx(3 * 2 * part)
+    assert len(kinds) == 4
+
+
+def test_hierarchy_in_codes_sends_a_quarter_between_nodes():
+    workers, nodes = Workers.devices((2, 4)), np.arange(8) // 4
+    between = {
+        name: wire.count(compiled(Row(name, {}, 0), workers)).bytes_between(nodes)
+        for name in ("gradient_allreduce", "bytegrad")
+    }
+    ranges = 2 * 8  # of one part each way
+    assert between["bytegrad"] - ranges == pytest.approx(
+        between["gradient_allreduce"] / 4,
+        abs=2,  # the shard's last part is filled up
+    )

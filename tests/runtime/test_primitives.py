@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from oracles.scatter_reduce import bounds
 from oracles.scatter_reduce import c_lp_s as oracle_c_lp_s
 
 import bagua_jax
-from bagua_jax import compressors, primitives, topologies
+from bagua_jax import Workers, compressors, primitives, topologies
+from bagua_jax.compressors import REGISTRY
 from bagua_jax.compressors.base import Compressor, CompressorFacts, stateless
 from bagua_jax.primitives import Errors
 from bagua_jax.topologies import MixingStep, Send, Topology
@@ -768,7 +770,66 @@ def test_one_collective_for_each_phase(row):
 @pytest.mark.parametrize("row", ["c_fp_s", "c_lp_s", "d_fp_s", "d_lp_s"])
 def test_one_collective_for_each_phase_of_a_hierarchy(row):
     primitive, expected = TRAFFIC[row]
-    assert sent((4, 2), primitive) == sorted(expected + INSIDE)
+    scatter, gather = sorted(INSIDE, reverse=True)
+    if row == "c_lp_s":  # codes are gathered inside the node, too
+        gather = ("all-gather", "u8")
+    assert sent((4, 2), primitive) == sorted([*expected, scatter, gather])
+
+
+def test_every_payload_is_one_message_for_each_phase():
+    """All compressors in one program: no two messages of it are of one exchange."""
+    built = [factory() for name, factory in REGISTRY.items() if name != "cast"]
+    built = [
+        c for c in built if not jax.tree.leaves(jax.eval_shape(c.init, jnp.ones(9)))
+    ]
+    assert len(built) > 10
+
+    def exchange(x, name):
+        key = jax.random.key(0)
+        return [
+            primitives.c_lp_s(x + k, c, axis_name=name, key=key)[0]
+            for k, c in enumerate(built)
+        ]
+
+    kinds = [kind for kind, _ in sent(4, exchange)]
+    assert kinds == ["all-gather"] * len(built) + ["all-to-all"] * len(built)
+
+
+@pytest.mark.parametrize(
+    "nodes, warns",
+    [
+        ([0] * 64, False),  # one node
+        (range(64), False),  # one device a node
+        (np.arange(64) // 4, False),  # few enough in a node: it saves half
+        (np.arange(64) // 16, True),
+    ],
+)
+def test_a_flat_exchange_over_nodes_warns_once(nodes, warns):
+    workers = Workers.abstract(64)
+
+    def program(x):
+        return [
+            primitives.c_lp_s(x + k, MINMAX, axis_name="workers")[0] for k in (0, 1)
+        ]
+
+    def trace():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with primitives.on_nodes(nodes):
+                traced = workers.spmd(program, in_specs=workers.spec)
+                traced.trace(jax.ShapeDtypeStruct((64, 64 * 1000), jnp.float32))
+        return [str(w.message) for w in caught]
+
+    primitives._warn_once.cache_clear()
+    messages = trace()
+    assert len(messages) == warns and trace() == []
+    if warns:
+        # By hand: (48 + 63/16) parts of 1008 bytes; 2 x 63/64 x 4/16; 2 x 3 parts.
+        assert re.search(
+            r"4 nodes of 16 devices.* 0\.82 bytes.* all-reduce, 0\.49\..* 0\.09: "
+            r"Workers\.devices\(\(4, 16\)\)",
+            messages[0],
+        )
 
 
 def test_feedback_sends_nothing_more():

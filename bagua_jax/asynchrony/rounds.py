@@ -130,9 +130,7 @@ class Rounds:
         interval_s: float = 0.0,
         timeout_s: float = 60.0,
     ):
-        local = set(jax.local_devices())
-        devices = () if workers.mesh is None else workers.mesh.devices.flat
-        places = [i for i, device in enumerate(devices) if device in local]
+        places = [] if workers.mesh is None else workers.own.tolist()
         if len(places) != 1:
             raise ValueError(
                 "Rounds: every process must have one of the workers' devices, and this "

@@ -138,6 +138,7 @@ def _free_addresses(count: int) -> tuple[str, ...]:
 
 
 def _work(command: Async) -> int:
+    from bagua_jax import processes
     from bagua_jax.asynchrony.transport import endpoint
 
     n, worker = command.experiment.workers, command.worker
@@ -155,6 +156,7 @@ def _work(command: Async) -> int:
 
         jax.config.update("jax_num_cpu_devices", 1)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        processes.listening_address()  # refuses a public one for gloo
         first = command.addresses[0]
         jax.distributed.initialize(first, n, worker, coordinator_bind_address=first)
 

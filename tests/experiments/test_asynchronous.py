@@ -15,7 +15,8 @@ def run_async(lab, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(root))
 
     def run(*flags: str, **changes):
-        small = {"workers": 2, "steps": 20, "eval_every": 5, "batch_size": 16}
+        small = {"workers": 2, "steps": 20, "eval_every": 5, "sharding": "iid"}
+        small["optimizer"] = {"name": "sgd", "learning_rate": 0.1}
         config = lab.config(output=str(lab.root / "runs"), **small | changes)
         status, out, err = lab.main("async", config, *flags)
         return status, out, err, lab.root / "runs" / "small"

@@ -165,6 +165,13 @@ class Recorder:
         self._models = open(folder / f"models-{worker}.f32", "ab")  # noqa: SIM115
         self._every, self._losses, self._worker = every, [], worker
 
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._steps.close()
+        self._models.close()
+
     def start(self, steps: int) -> None:
         """Record that the worker begins, after so many steps of its own or a peer."""
         self._write({"starts": steps, "seconds": time.time()})
@@ -234,9 +241,11 @@ def work(
     shards = Shards.deal(data, n, config.sharding, config.batch_size, seed)
     train = Trainer(config, task, shards, worker)
     replica = asynchrony.Replica(train.params)
-    recorder = Recorder(folder, worker, config.eval_every)
     pace = setting.pace_s[worker] if setting.pace_s else 0.0
-    with open(folder / f"events-{worker}.jsonl", "a") as log:
+    with (
+        open(folder / f"events-{worker}.jsonl", "a") as log,
+        Recorder(folder, worker, config.eval_every) as recorder,
+    ):
         mixing = _mixing(config, setting, worker, replica, log, secret)
         with mixing:
             train.steps = replica.steps
@@ -246,7 +255,7 @@ def work(
                 loss = replica.step(paced(train, pace))
                 recorder.step(replica.steps, float(loss), recorded(replica.params))
             recorder.stop(replica.steps)
-    recorder.now(replica.steps, recorded(replica.params))
+        recorder.now(replica.steps, recorded(replica.params))
     refused = dict(getattr(mixing, "refused", {}))
     return {"steps": replica.steps, "refused": refused}
 

@@ -23,7 +23,7 @@ def run(tmp_path_factory) -> Path:
     (port,) = free_ports(1)
     with Workers("rounds_worker") as workers:
         started = [workers.start(w, N, port, folder) for w in range(N)]
-        said = [process.communicate(timeout=120)[0] for process in started]
+        said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * N, "\n".join(said)
     return folder
 

@@ -1,9 +1,14 @@
 """``bagua-jax async`` through the command line: runs, their replay, refusals."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from bagua_jax.experiments import asynchronous
+from bagua_jax.experiments.folders import RunError
 
 PACE = ("--pace", "0.004", "0.008")
 
@@ -69,3 +74,11 @@ def test_what_does_not_fit_is_refused(run_async, flags, changes, why):
     status, _, err, _ = run_async(*flags, **changes)
     assert status == 2
     assert all(word in err for word in why), err
+
+
+def test_a_worker_whose_loss_is_not_finite_leaves(tmp_path):
+    why = r"worker 3: the training loss is nan on step 2"
+    with asynchronous.Recorder(tmp_path, 3, every=1) as recorder:
+        recorder.step(1, 0.5, {"x": np.ones(2)})
+        with pytest.raises(RunError, match=why):
+            recorder.step(2, math.nan, {"x": np.ones(2)})

@@ -9,8 +9,10 @@ local SGD, D-PSGD and CHOCO-SGD on 8 to 1,024 simulated workers:
 
 All three do the same arithmetic in float32, which is checked first. What is compared is
 workers x steps per second, compilation not counted (it is shown by itself): medians of
-interleaved repeats in one run. Writes benchmarks/results/simulation.json and prints a
-table. Peak memory is that of a process of its own for each side.
+interleaved repeats in one run, with their range. Our program does 1,000 steps; loops do
+as many as take about as long. Peak memory is that of a process of its own for each
+side. Prints a table; writes benchmarks/results/simulation.json, docs/simulation.md and
+its figure, for which the package has to be importable.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,10 @@ from rich.table import Table
 DIM, ROWS, RATE, DECAY = 1000, 8, 0.5, 1e-3
 LOCAL_STEPS, CONSENSUS = 8, 0.2
 ALGORITHMS = ("local_sgd", "decentralized", "choco_sgd")
-RESULTS = Path(__file__).parent / "results"
+HOME = Path(__file__).parents[1]
+RESULT = HOME / "benchmarks" / "results" / "simulation.json"
+PAGE = HOME / "docs" / "simulation.md"
+FIGURE = HOME / "docs" / "figures" / "simulation.png"
 
 
 def problem(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -205,86 +211,194 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Time all sides, print the table, write the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="of our program")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 256, 1024])
-    arguments = parser.parse_args()
-
-    console, sides = Console(width=120), available_sides()
-    worst = check_equal(sides)
-    console.print(
-        f"same models on all sides, to {worst:.1e}; timing {', '.join(sides)}"
-    )
+def measure(sides, workers, steps, repeats, say) -> list[dict[str, Any]]:
+    """Time all sides; one row for each algorithm and number of workers."""
     rows = []
     for algorithm in ALGORITHMS:
-        for n in arguments.workers:
-            # Loops do as many steps as fit in about the same time.
-            steps = {
-                side: arguments.steps if side == "bagua_jax" else max(8, 4096 // n)
+        for n in workers:
+            counts = {side: max(8, 16384 // n) for side in sides} | {"bagua_jax": steps}
+            runs, built = {}, {}
+            for side in sides:
+                start = time.perf_counter()
+                runs[side] = SIDES[side](algorithm, n, counts[side])
+                built[side] = time.perf_counter() - start
+            spent: dict[str, list[float]] = {side: [] for side in sides}
+            load = [os.getloadavg()[0]]
+            for _ in range(repeats):
+                for side in sides:
+                    spent[side].append(seconds_of(runs[side]))
+            load.append(os.getloadavg()[0])
+            rates = {
+                side: [n * counts[side] / seconds for seconds in spent[side]]
                 for side in sides
             }
-            start = time.perf_counter()
-            runs = {side: SIDES[side](algorithm, n, steps[side]) for side in sides}
-            compiling = time.perf_counter() - start
-            rates: dict[str, list[float]] = {side: [] for side in sides}
-            for _ in range(arguments.repeats):
-                for side in sides:
-                    rates[side].append(n * steps[side] / seconds_of(runs[side]))
-            memory = {side: peak_memory(side, algorithm, n, 8) for side in sides}
             rows.append(
                 {
                     "algorithm": algorithm,
                     "workers": n,
+                    "steps": counts,
                     "worker_steps_per_s": {
                         side: statistics.median(rates[side]) for side in sides
                     },
                     "all_repeats": rates,
-                    "compile_s": compiling,
-                    "peak_memory_MB": memory,
+                    "compile_s": built["bagua_jax"],
+                    "peak_memory_MB": {
+                        side: peak_memory(side, algorithm, n, 8) for side in sides
+                    },
+                    "load_before_and_after": load,
                 }
             )
-            console.print(f"{algorithm}, {n} workers: done", highlight=False)
-    show(rows, sides, arguments, console)
+            say(f"{algorithm}, {n} workers: done")
+    return rows
 
 
-def show(rows, sides, arguments, console) -> None:
-    """Print the table and write the JSON file."""
-    machine = f"{processor()}, {os.cpu_count()} cores"
-    table = Table(title=f"workers x steps per second, {machine}")
-    table.add_column("algorithm", no_wrap=True)
-    table.add_column("workers", justify="right")
-    for side in sides:
-        table.add_column(side, justify="right")
-    for side in sides[1:]:
-        table.add_column(f"ours / {side}", justify="right")
-    table.add_column("compile s", justify="right")
-    table.add_column("peak MB, each", justify="right")
-    for row in rows:
-        rates = row["worker_steps_per_s"]
-        table.add_row(
-            row["algorithm"],
-            str(row["workers"]),
-            *(f"{rates[side]:,.0f}" for side in sides),
-            *(f"{rates['bagua_jax'] / rates[side]:.1f}" for side in sides[1:]),
-            f"{row['compile_s']:.1f}",
-            " ".join(f"{row['peak_memory_MB'][side]:.0f}" for side in sides),
+def main() -> None:
+    """Time all sides, print the table, write the numbers and the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1000, help="of our program")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 256, 1024])
+    parser.add_argument("--page-only", action="store_true", help="from the last run")
+    arguments = parser.parse_args()
+
+    console, sides = Console(width=140), available_sides()
+    if not arguments.page_only:
+        worst = check_equal(sides)
+        console.print(
+            f"same models on all sides, to {worst:.1e}; timing {', '.join(sides)}"
         )
+        facts = {
+            "machine": f"{processor()}, {os.cpu_count()} cores",
+            "versions": {
+                name: metadata.version(name)
+                for name in ("jax", "numpy", *(["torch"] if len(sides) > 2 else []))
+            },
+            "dim": DIM,
+            "rows_per_worker": ROWS,
+            "steps_of_our_program": arguments.steps,
+            "repeats": arguments.repeats,
+            "largest_difference_of_sides": worst,
+            "rows": measure(
+                sides,
+                arguments.workers,
+                arguments.steps,
+                arguments.repeats,
+                console.print,
+            ),
+        }
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(facts, indent=1) + "\n")
+    facts = json.loads(RESULT.read_text())
+    show(facts, console)
+    PAGE.write_text(page(facts))
+    draw(facts)
+    console.print(f"wrote {RESULT}, {PAGE} and {FIGURE}")
+
+
+# --- showing --------------------------------------------------------------------------
+
+
+def cells(row, ranges: bool) -> list[str]:
+    """Write a row: rates, perhaps with their ranges, ratios, seconds and memory."""
+    ours, *others = row["worker_steps_per_s"]
+    rates, memory = row["worker_steps_per_s"], row["peak_memory_MB"]
+    spread = row["all_repeats"]
+    return [
+        row["algorithm"],
+        f"{row['workers']:,}",
+        *(
+            f"{rates[side]:,.0f}"
+            + ranges * f" ({min(spread[side]):,.0f} to {max(spread[side]):,.0f})"
+            for side in rates
+        ),
+        *(f"{rates[ours] / rates[side]:.1f}" for side in others),
+        f"{row['workers'] * row['steps'][ours] / rates[ours]:.2g}",
+        f"{row['compile_s']:.1f}",
+        " / ".join(f"{memory[side]:.0f}" for side in rates),
+    ]
+
+
+def headings(facts) -> list[str]:
+    """Name the columns of :func:`cells`."""
+    ours, *others = facts["rows"][0]["worker_steps_per_s"]
+    return [
+        "algorithm",
+        "workers",
+        ours,
+        *others,
+        *(f"ours / {side}" for side in others),
+        f"s for {facts['steps_of_our_program']:,} steps",
+        "compile s",
+        "peak MB, each",
+    ]
+
+
+def show(facts, console) -> None:
+    """Print the table."""
+    table = Table(title=f"workers x steps per second, {facts['machine']}")
+    for heading in headings(facts):
+        table.add_column(heading, justify="left" if heading == "algorithm" else "right")
+    for row in facts["rows"]:
+        table.add_row(*cells(row, ranges=False))
     console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "simulation.json"
-    facts = {
-        "machine": machine,
-        "dim": DIM,
-        "rows_per_worker": ROWS,
-        "steps_of_our_program": arguments.steps,
-        "repeats": arguments.repeats,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    console.print(f"wrote {path}")
+
+
+def page(facts) -> str:
+    """Write docs/simulation.md."""
+    loads = [load for row in facts["rows"] for load in row["load_before_and_after"]]
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    text = f"""\
+# How fast workers are simulated
+
+*Written by `python benchmarks/simulation.py`; do not edit it.*
+
+A logistic regression of {facts["dim"]:,} dimensions, {facts["rows_per_worker"]} rows of
+its own on each worker. `bagua_jax`: all workers and {facts["steps_of_our_program"]:,}
+steps in one compiled program (`Workers.simulate`, `lax.scan`). The others loop over
+steps and workers in one process, as one writes it down; they do fewer steps, since a
+rate is compared, and PyTorch's gradients come from autograd. CHOCO sends signs: our
+program packs them eight to a byte and unpacks them, as on a real network, the loops do
+not. All sides come to the same models: after 24 steps of 8 workers they differ by
+{facts["largest_difference_of_sides"]:.0e} at most.
+
+Numbers are workers x steps per second, medians of {facts["repeats"]} interleaved
+repeats (range in brackets), without compilation, which is shown. Measured on
+{facts["machine"]} ({versions}), in use by others: the load was {min(loads):.1f} to
+{max(loads):.1f}. Peak memory is of a process of its own for each side, in the order of
+the columns, its libraries included. A worker has 32 kB of rows and 4 kB of each vector:
+1,024 of them no longer fit the caches.
+
+"""
+    table = [headings(facts), ["---"] + ["---:"] * (len(headings(facts)) - 1)]
+    table += [cells(row, ranges=True) for row in facts["rows"]]
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return text + "\n".join(lines) + "\n\n![simulation](figures/simulation.png)\n"
+
+
+def draw(facts) -> None:
+    """Draw rates over the number of workers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from bagua_jax.experiments import studies
+
+    plt.style.use(studies.STYLE)
+    figure, panels = plt.subplots(1, len(ALGORITHMS), figsize=(10, 3.4), sharey=True)
+    for axes, algorithm in zip(panels, ALGORITHMS, strict=True):
+        rows = [row for row in facts["rows"] if row["algorithm"] == algorithm]
+        n = [row["workers"] for row in rows]
+        for side, marker in zip(SIDES, "os^", strict=True):
+            rates = [row["worker_steps_per_s"].get(side) for row in rows]
+            if None not in rates:
+                axes.loglog(n, rates, marker=marker, label=side)
+        axes.set(title=algorithm, xlabel="workers n")
+        axes.set_xticks(n, [f"{k:,}" for k in n])
+        axes.minorticks_off()
+        studies.label_ends(axes, width=0.55)
+    panels[0].set_ylabel("workers x steps per second")
+    studies.write(figure, FIGURE)
 
 
 def processor() -> str:

@@ -28,6 +28,8 @@ __all__ = [
     "Energies",
     "Lifted",
     "ModeMoments",
+    "choco_largest_consensus_step",
+    "dcd_largest_variance",
     "ecd_error_variance",
     "lift",
     "lift_mixture",
@@ -488,6 +490,81 @@ def stable_learning_rate(
         return all(ModeMoments(make(h, learning_rate)).stable for h in extremes)
 
     return largest_stable(is_stable, 8 / max(curvatures))
+
+
+# --- two thresholds of gossip in closed form ------------------------------------------
+
+
+def dcd_largest_variance(eigenvalues: np.ndarray) -> float:
+    r"""Give the omega from which gossip with DCD diverges, without gradients.
+
+    .. math:: \omega^\star = \Big( \frac1n \sum_k
+              \frac{1 - \lambda_k}{1 + \lambda_k} \Big)^{-1}
+
+    In mode k the message is :math:`1 - \lambda_k` of what the mode holds, and an error
+    dies out by :math:`\lambda_k^2` a step. So an error of energy 1 in every mode leads to
+    messages of :math:`\tfrac1n \sum_k (1 - \lambda_k)^2/(1 - \lambda_k^2)`, of which
+    omega becomes error; stable if that is below 1.
+
+    Args:
+        eigenvalues: lambda [n] of a symmetric W that treats all workers alike
+            (``Spectrum.even``), the mean's 1 first.
+
+    Example:
+        >>> ring = (1 + 2 * np.cos(2 * np.pi * np.arange(64) / 64)) / 3
+        >>> round(dcd_largest_variance(ring), 6), round((1 + 3**0.5) / 2, 6)
+        (1.366025, 1.366025)
+    """
+    rest = _symmetric(eigenvalues, "dcd_largest_variance")[1:]
+    return float(len(eigenvalues) / ((1 - rest) / (1 + rest)).sum())
+
+
+def choco_largest_consensus_step(eigenvalues: np.ndarray, keep: float) -> float:
+    r"""Give the consensus step from which CHOCO-gossip diverges, without gradients.
+
+    Each element of a message is kept with probability q, not scaled. With
+    :math:`a_k = \gamma_c (1 - \lambda_k)` it is stable if and only if
+
+    .. math:: \frac{1 - q}{q} \cdot \frac1n \sum_k
+              \frac{2 q + (2 + q)\, a_k}{4 - 2 q - q\, a_k} < 1,
+              \qquad q \max_k a_k < 4 - 2 q
+
+    In a mode, with the public copy y and the message e = x - y, a step is :math:`y' =
+    y + q e + \nu,\ e' = (1 - q) e - \nu - a y'`, and :math:`\nu` has :math:`q (1 - q)`
+    times the mean energy of the messages. Its answer in e is :math:`-((1 + a) z -
+    1)/(z^2 - (2 - q - a q) z + 1 - q)`, of energy :math:`(2 q + (2 + q) a)/(q^2 (4 - 2
+    q - a q))`; the sum is the energy that an error leads to, which must be below 1.
+
+    Args:
+        eigenvalues: as in :func:`dcd_largest_variance`.
+        keep: q in (0, 1].
+
+    Example:
+        >>> ring = (1 + 2 * np.cos(2 * np.pi * np.arange(64) / 64)) / 3
+        >>> round(choco_largest_consensus_step(ring, 0.5), 6)  # 17/18
+        0.944444
+    """
+    q = keep
+    apart = 1 - _symmetric(eigenvalues, "choco_largest_consensus_step")
+
+    def is_stable(step):
+        a = step * apart
+        if q * a.max() >= 4 - 2 * q:
+            return False
+        led_to = ((2 * q + (2 + q) * a) / (4 - 2 * q - q * a)).mean()
+        return (1 - q) / q * led_to < 1
+
+    return largest_stable(is_stable, 8 / apart.max())
+
+
+def _symmetric(eigenvalues: np.ndarray, caller: str) -> np.ndarray:
+    values = np.asarray(eigenvalues)
+    if np.iscomplexobj(values) and np.abs(values.imag).max() > 1e-12:
+        raise ValueError(
+            f"{caller}: eigenvalues must be real, got {values[np.argmax(values.imag)]}:"
+            " W is not symmetric. Use ModeMoments, which takes any normal W."
+        )
+    return np.real(values)
 
 
 # --- MARINA: a coin and masks, in three scalars ---------------------------------------

@@ -70,9 +70,7 @@ q_star = 1 - q_star  # with gradients, at this learning rate
 
 # %% [markdown]
 # **Measurement.** Factors of second moments a step, of all elements of all workers
-# (`measure.mean_square_rate`: particles, drawn anew by energy). Not of longer runs:
-# particles are scaled up as they shrink, and with them the rounding errors of the
-# replicas, which do not shrink.
+# (`measure.mean_square_rate`: particles, drawn anew by energy).
 
 
 # %%

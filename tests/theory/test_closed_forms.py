@@ -292,6 +292,41 @@ def test_dcd():
     assert ModeMoments(edge).rate == pytest.approx(1)
 
 
+@pytest.mark.parametrize("name", ["ring", "complete", "hypercube"])
+def test_thresholds_of_gossip_in_closed_form(name):
+    w = mixing.spectrum(topologies.REGISTRY[name](16)).eigenvalues
+    idle = modes.low_precision_decentralized(w, 0.0, 0.0).without_mean()
+    close(moments.dcd_largest_variance(w), ModeMoments(idle).largest_variance())
+    for q in (0.05, 0.5, 0.9, 1.0):
+
+        def choco(step, q=q):
+            return modes.choco_sgd(
+                w, 0.0, 0.0, consensus_step_size=step, message=unscaled(q)
+            ).without_mean()
+
+        found = moments.choco_largest_consensus_step(w, q)
+        assert found == pytest.approx(threshold(choco), rel=1e-8)
+
+
+@pytest.mark.parametrize("self_weight", [1 / 3, 0.6])
+def test_thresholds_on_a_long_ring(self_weight):
+    """Sums over modes become integrals: 1/mean of 1/(a + b cos) = sqrt(a^2 - b^2)."""
+    w = mixing.spectrum(topologies.ring(128, self_weight=self_weight)).eigenvalues
+    root = math.sqrt(self_weight)
+    close(moments.dcd_largest_variance(w), root / (1 - root))
+    for q in (0.02, 0.3, 0.7):
+        bracket = (2 - q) - 16 * (1 - q) ** 2 / (2 - q) ** 3
+        expected = 2 * bracket / (2 * q * (1 - self_weight))
+        found = moments.choco_largest_consensus_step(w, q)
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_closed_thresholds_refuse_a_directed_graph():
+    w = mixing.spectrum(topologies.directed_ring(8)).eigenvalues
+    with pytest.raises(ValueError, match="eigenvalues must be real"):
+        moments.choco_largest_consensus_step(w, 0.5)
+
+
 def test_dcd_with_gradients():
     """e' = diag((l - a)^2) e + (omega/n) 1 (l - 1 - a)^2' e + gamma^2 (1 + omega)."""
     omega, gamma = 0.25, 0.1

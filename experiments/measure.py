@@ -146,6 +146,7 @@ def mean_square_rate(
     populations: int = 8,
     steps: int = 40,
     burn: int = 10,
+    conserved: bool = False,
     seed: int = 0,
 ) -> Estimate:
     r"""Measure the factor a step of the second moment of a linear random algorithm.
@@ -175,6 +176,8 @@ def mean_square_rate(
         steps: of each.
         burn: first steps, at least 8, which are not counted: until the part of the
             state that shrinks slowest is all that is left.
+        conserved: whether the mean model stays, as under gossip without gradients. It
+            is then subtracted from all models and all copies of them in the state.
         seed: of the keys.
 
     Returns:
@@ -196,14 +199,17 @@ def mean_square_rate(
     count = len(settings[0])
     groups = tuple(np.repeat(k, populations) for k in settings)
     keys = jax.random.split(jax.random.key(seed), (count * populations, replicas + 1))
-    logs = _grow(make, n, d, steps, groups, np.float32(curvature), keys)
+    sizes = n, d, steps, conserved
+    logs = _grow(make, sizes, groups, np.float32(curvature), keys)
     logs = np.asarray(logs, np.float64)[:, burn:].mean(1).reshape(count, populations)
     found = average(np.exp(logs).T)
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _grow(make, n, d, steps, knobs, curvature, keys):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _grow(make, sizes, knobs, curvature, keys):
+    n, d, steps, conserved = sizes
+
     def population(knobs, keys):
         tx = make(*knobs)
 
@@ -211,13 +217,16 @@ def _grow(make, n, d, steps, knobs, curvature, keys):
             x = jnp.ones(d)
             return x, _keyed(tx.init(x), key)
 
-        def step(carry):
+        def step(carry, push=0.0):
             x, state = carry
-            updates, state = tx.update(curvature * x, state, x)
+            updates, state = tx.update(curvature * x + push, state, x)
             return optax.apply_updates(x, updates), state
 
         workers = {"axis_size": n, "axis_name": AXIS}
         carry = jax.vmap(jax.vmap(init, in_axes=None, **workers))(keys[1:])
+        if conserved:  # make models unlike, by gradients; copies know how they began
+            push = jax.random.normal(keys[0], (len(keys) - 1, n, d))
+            carry = jax.vmap(jax.vmap(step, **workers))(carry, push)
         step = jax.vmap(jax.vmap(step, **workers))
 
         def advance(span, carry, t):
@@ -228,7 +237,9 @@ def _grow(make, n, d, steps, knobs, curvature, keys):
                 for leaf, moves in zip(leaves, moving, strict=True)
                 if moves
             ]
-            particles = jnp.concatenate(particles, 1)
+            particles = jnp.concatenate(particles, 1)  # models first
+            if conserved:
+                particles -= particles[:, :n].mean(1, keepdims=True)
             particles = particles if span is None else particles @ span.T @ span
             energy = (particles**2).sum(1)
             upto = jnp.cumsum(energy) / jnp.sum(energy)

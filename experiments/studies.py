@@ -1,19 +1,23 @@
 """Run the studies of ``experiments/notebooks``, and what they have in common.
 
-``python -m bagua_jax.experiments.studies`` runs each in full, and writes their figures
-and the page docs/studies.md. With ``BAGUA_FAST=1`` in the environment a study has few
-workers and few steps: the same claims, in seconds.
+``python -m bagua_jax.experiments.studies`` runs each in full, in a process of its own,
+and writes their figures and pages: docs/studies.md, and one of docs/findings/ for each
+finding, a study of something that the papers do not state. With ``BAGUA_FAST=1`` in the
+environment a study has few workers and few steps: the same claims, in seconds.
 """
 
 import argparse
 import io
+import multiprocessing
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from importlib import resources
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +25,7 @@ import numpy as np
 
 __all__ = [
     "FAST",
+    "FINDINGS",
     "ORDER",
     "STYLE",
     "Row",
@@ -53,6 +58,9 @@ ORDER = (
     "choosing",
 )
 """The studies, in the order of the page."""
+
+FINDINGS = ("half_a_ring", "zero_on_the_grid", "two_thresholds")
+"""Those that have pages of their own."""
 
 T = TypeVar("T")
 
@@ -233,7 +241,7 @@ def run(name: str) -> dict[str, Any]:
     """Run a study without a display; its last cell asserts what it claims.
 
     Args:
-        name: one of :data:`ORDER`.
+        name: one of :data:`ORDER` or :data:`FINDINGS`.
 
     Returns:
         Its variables; ``rows`` is its table.
@@ -249,12 +257,12 @@ def run(name: str) -> dict[str, Any]:
     return found
 
 
-def _opening(name: str) -> str:
-    """Give the first cell of a study, which states question and claim, as Markdown."""
+def _prose(name: str) -> list[str]:
+    """Give the text cells of a study, as Markdown; the first states its question."""
     text = (_HOME / "notebooks" / f"{name}.py").read_text(encoding="utf-8")
-    cell = text.split("# %% [markdown]\n")[1].split("\n# %%")[0]
-    body = re.sub(r"^# ?", "", cell, flags=re.MULTILINE).strip()
-    return re.sub(r"^# ", "## ", body)
+    cells = text.split("# %% [markdown]\n")[1:]
+    bodies = (cell.split("\n# %%")[0] for cell in cells)
+    return [re.sub(r"^# ?", "", b, flags=re.MULTILINE).strip() for b in bodies]
 
 
 def _image(name: str) -> str:
@@ -262,12 +270,35 @@ def _image(name: str) -> str:
     return f"![{name}](figures/{name}.png)"
 
 
-def _section(name: str, table: str, seconds: float) -> str:
-    """Write its part of the page."""
-    link = f"[{name}.py](../experiments/notebooks/{name}.py), {seconds:.0f} s"
-    return "\n\n".join((_opening(name), _image(name), table, link)) + "\n"
+def _section(name: str, ran: "_Ran") -> str:
+    """Write a study's part of the page."""
+    opening = re.sub(r"^# ", "## ", _prose(name)[0])
+    link = f"[{name}.py](../experiments/notebooks/{name}.py), {ran.seconds:.0f} s"
+    return "\n\n".join((opening, _image(name), ran.table, link)) + "\n"
 
 
+_FINDING = """\
+---
+
+*Written by `{command} {name}`, which runs
+[{name}.py](../../experiments/notebooks/{name}.py); do not edit it. Predictions come
+from `bagua_jax.theory`, measurements are of `bagua_jax.algorithms` with simulated
+workers, ± one standard error over replicas ({seconds:.0f} s of processor time on
+{machine}).*
+"""
+
+
+def _finding(name: str, ran: "_Ran") -> str:
+    """Write a finding's page: all its text, figure and numbers."""
+    figure = _image(name).replace("(figures/", "(../figures/")
+    about = _FINDING.format(
+        command=_COMMAND, name=name, seconds=ran.seconds, machine=_machine()
+    )
+    opening, *rest = _prose(name)
+    return "\n\n".join((opening, figure, *rest, ran.table, about))
+
+
+_COMMAND = "python -m bagua_jax.experiments.studies"
 _PAGE = """\
 # Studies: predictions beside measurements
 
@@ -278,8 +309,19 @@ is, or open it in Jupyter with jupytext). Its first cell, below, states the ques
 what theory says; its last cell asserts it, in the test suite as well (`BAGUA_FAST=1`,
 smaller). Predictions come from `bagua_jax.theory`; measurements are of
 `bagua_jax.algorithms` with simulated workers, ± one standard error over replicas. Made
-on {machine}.
+on {machine}. Three findings that papers do not state have pages of their own:
+{findings}.
 """
+
+
+def _page(sections: dict[str, str]) -> str:
+    """Put the studies that have run in order, below a heading."""
+    findings = []
+    for name in FINDINGS:
+        title = _prose(name)[0].splitlines()[0].removeprefix("# ")
+        findings.append(f"[{title}](findings/{name}.md)")
+    head = _PAGE.format(machine=_machine(), findings=";\n".join(findings))
+    return "\n".join([head, *(sections[name] for name in ORDER if name in sections)])
 
 
 def _machine() -> str:
@@ -294,30 +336,90 @@ def _machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the studies in full, and write figures and page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("names", nargs="*", help="of studies; all where none is")
-    given = parser.parse_args(arguments)
-    figures = given.docs / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    os.environ["BAGUA_FIGURES"] = str(figures)
+class _Ran(NamedTuple):
+    """What a study came to: its table, processor seconds, peak memory in MB."""
+
+    table: str
+    seconds: float
+    memory: float
+
+
+def _report(name: str, pipe: Connection) -> None:
+    """Run a study in this process, and send what it came to."""
+    import resource  # not on Windows, where the rest works
+
     need_devices(8)
-    page = given.docs / "studies.md"
+    table = compare(run(name)["rows"])
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    pipe.send(_Ran(table, used.ru_utime + used.ru_stime, used.ru_maxrss / unit))
+
+
+def _apart_from_others(target: Any, name: str) -> _Ran | str:
+    """Run a study in a process of its own; say so where that did not end well.
+
+    A study that is killed, for memory as a rule, cannot report it, and neither could
+    a process that all studies share.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(name, send))
+    process.start()
+    send.close()  # so that the other end's death ends the wait
+    try:
+        found = receive.recv()
+    except EOFError:
+        found = None
+    process.join()
+    if found is not None:
+        return found
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"stopped with exit code {code}; its message is above"
+    how = f"its process was killed by {signal.Signals(-code).name}"
+    if -code == signal.SIGKILL:
+        how += ", as a system out of memory does: free some, or run it by itself"
+    return how
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the studies in full, and write figures and pages; 1 where one fails."""
+    parser = argparse.ArgumentParser(prog=_COMMAND, description=__doc__)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    names = (*ORDER, *FINDINGS)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; else all")
+    given = parser.parse_args(arguments)
+    if strange := set(given.names) - set(names):
+        parser.error(f"no study is called {', '.join(sorted(strange))}")
+    for folder in ("figures", "findings"):
+        (given.docs / folder).mkdir(parents=True, exist_ok=True)
+    os.environ["BAGUA_FIGURES"] = str(given.docs / "figures")
+    page, failed = given.docs / "studies.md", []
     old = page.read_text(encoding="utf-8").split("\n## ") if page.exists() else []
     sections = {
         name: "## " + part for part in old for name in ORDER if _image(name) in part
     }
-    for name in given.names or ORDER:
-        start = time.process_time()
-        table = compare(run(name)["rows"])
-        seconds = time.process_time() - start
-        print(f"{name}: {seconds:.0f} s of processor time\n", flush=True)
-        sections[name] = _section(name, table, seconds)
-        parts = [sections[name] for name in ORDER if name in sections]
-        page.write_text("\n".join([_PAGE.format(machine=_machine()), *parts]), "utf-8")
-    return 0
+    for name in given.names or names:
+        start = time.perf_counter()
+        ran = _apart_from_others(_report, name)
+        if isinstance(ran, str):
+            failed.append(name)
+            print(f"{name} FAILED: {ran}.", file=sys.stderr, flush=True)
+            continue
+        print(
+            f"{name}: {ran.seconds:.0f} s of processor time, "
+            f"{time.perf_counter() - start:.0f} s in all, {ran.memory:.0f} MB at most",
+            flush=True,
+        )
+        if name in FINDINGS:
+            text = _finding(name, ran)
+            (given.docs / "findings" / f"{name}.md").write_text(text, "utf-8")
+        else:
+            sections[name] = _section(name, ran)
+            page.write_text(_page(sections), "utf-8")
+    if failed:
+        print(f"{len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

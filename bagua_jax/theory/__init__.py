@@ -7,13 +7,15 @@ algorithm by name), constants of compressors and topologies (``compression``,
 """
 
 from bagua_jax.theory import compression, mixing, modes, moments, problems, rates
+from bagua_jax.theory.datasets import adult, breast_cancer, stored_optimum
 from bagua_jax.theory.predict import COVERED, Prediction, predict, trajectory
-from bagua_jax.theory.problems import Quadratic, breast_cancer, quadratic
+from bagua_jax.theory.problems import Quadratic, quadratic
 
 __all__ = [
     "COVERED",
     "Prediction",
     "Quadratic",
+    "adult",
     "breast_cancer",
     "compression",
     "mixing",
@@ -23,5 +25,6 @@ __all__ = [
     "problems",
     "quadratic",
     "rates",
+    "stored_optimum",
     "trajectory",
 ]

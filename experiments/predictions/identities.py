@@ -71,6 +71,11 @@ SAME = {
         PARALLEL,
         False,
     ),
+    "marina, p = 1 = parallel SGD": (
+        gradient_side("marina", compressor=compressors.randk(0.25), probability=1.0),
+        PARALLEL,
+        False,
+    ),
     "compressed mean, identity = parallel SGD": (
         gradient_side(
             "compressed_mean",

@@ -11,7 +11,7 @@ import optax
 from bagua_jax import algorithms, topologies
 from bagua_jax.experiments.measure import AXIS, Estimate, mean_square_rate
 from bagua_jax.experiments.predictions.channels import bernoulli
-from bagua_jax.experiments.predictions.rows import SIDES, Rule, add
+from bagua_jax.experiments.predictions.rows import SIDES, Rule, add, join
 from bagua_jax.theory import mixing, modes, moments
 from bagua_jax.theory.compression import Message
 
@@ -262,6 +262,45 @@ add(
         steps=160,
         burn=120,  # a double pole is slow to dominate
     ),
+    quick=False,
+)
+add(
+    "compressed gradients at their best step, n = 4, omega = 3",
+    "C.1",
+    "(1 - gamma h)^2 + (gamma h)^2 omega/n is least, (omega/n)/(1 + omega/n), at "
+    "gamma h = 1/(1 + omega/n)",
+    Rule("equal", 1e-5, 3e-4),
+    lambda: (3 / 4) / (1 + 3 / 4),
+    lambda effort: mean_square_rate(
+        compressed_gradients, n=4, knobs=(1 / (1 + 3 / 4),), replicas=256 * effort
+    ),
+    quick=False,
+)
+
+
+def _one_rate(effort) -> Estimate:
+    """Measure error feedback and EF21 at the same two learning rates."""
+    each = [
+        mean_square_rate(
+            make,
+            n=1,
+            knobs=(np.array([0.3, 0.6]),),
+            replicas=256 * effort,
+            steps=80,
+            burn=40,
+        )
+        for make in (error_feedback, ef21)
+    ]
+    return join(each)
+
+
+add(
+    "error feedback and EF21 have one rate, n = 1, q = 1/2",
+    "C.3",
+    "masks are linear: at gamma h = 0.3 and 0.6, of error feedback and of EF21",
+    Rule("equal", 1e-5, 1e-3),
+    lambda: [[moments.ModeMoments(RATES[1].model(k)).rate for k in (0.3, 0.6)]] * 2,
+    _one_rate,
     quick=False,
 )
 for _index in range(len(RATES)):

@@ -534,6 +534,64 @@ def _energy_left(graph):
     return average(((w @ x) ** 2).sum(-1) / (x**2).sum())
 
 
+ALMOST = topologies.ring(N, self_weight=0.34)  # its smallest eigenvalue is -0.32
+
+
+def d2_on_almost_too_eager_a_ring():
+    d2 = algorithms.d2(axis_name=AXIS, topology=ALMOST)
+    return optax.chain(optax.sgd(0.2), d2)
+
+
+@row(
+    "C.1",
+    "D2 at lambda = -0.32, near its limit -1/3: root of z^2 - l (2 - a) z + l (1 - a)",
+    Rule("equal", 1e-4),
+    quick=False,
+)
+def d2_near_its_limit():
+    wave = (-1.0) ** np.arange(N)[:, None]
+
+    def predict():
+        lowest = mixing.spectrum(ALMOST).smallest
+        return np.abs(modes.d2(np.array([1.0, lowest]), 1.0, 0.2).poles[1]).max()
+
+    def measure(effort):
+        x = simulate(d2_on_almost_too_eager_a_ring, steps=60, start=wave)
+        size = np.abs(x[0, :, 0, 0]).astype(np.float64)
+        return exact((size[60] / size[40]) ** (1 / 20))
+
+    return predict, measure
+
+
+def choco_with_shrinking_steps():
+    tx = algorithms.choco_sgd(
+        compressors.sign("l1"), axis_name=AXIS, consensus_step_size=0.3
+    )
+    return optax.chain(optax.sgd(lambda t: 1 / (t + 1)), tx)
+
+
+@row(
+    "C.1",
+    "CHOCO-SGD with signs, gamma_t h = 1/(t + 1): E|mean x|^2 = 1/(n T), T = 10, 160",
+    MONTE_CARLO,
+    quick=False,
+)
+def choco_sgd_has_the_rate_of_parallel_sgd():
+    times = [10, 160]
+
+    def measure(effort):
+        x = simulate(
+            choco_with_shrinking_steps,
+            steps=times[-1],
+            start=np.zeros((N, 32)),
+            sigma=1.0,
+            replicas=64 * effort,
+        )
+        return average((x[:, times].astype(np.float64).mean(2) ** 2).mean(-1))
+
+    return lambda: [1 / (N * t) for t in times], measure
+
+
 # --- local steps ----------------------------------------------------------------------
 
 

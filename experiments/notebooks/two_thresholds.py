@@ -143,12 +143,12 @@ left.set(ylim=(0.5, 2.2), title=f"ring of {n}: lines predicted, dots measured")
 
 # %%
 bound = [rates.choco_consensus_step(spectrum.gap, spectrum.farthest, q) for q in grid]
-right.semilogy(grid, [largest_step(q) for q in grid], label="largest step,\nexact")
-right.semilogy(
+right.plot(grid, [largest_step(q) for q in grid], label="largest step,\nexact")
+right.plot(
     grid, [b.value for b in bound], "--", label="a bound of\nthe literature\n(recalled)"
 )
 for sign, fill in ((1, "none"), (-1, "full")):
-    side = sign * (found_choco.value - 1) > 0
+    side = (sign * (found_choco.value - 1) > 0) & (part_grid != 0.97)
     right.plot(q_grid[side], step_grid[side], "ko", fillstyle=fill)
 right.set(xlabel="part q that is sent", ylabel=r"CHOCO's consensus step $\gamma_c$")
 right.set_title("measured: full dots shrink, open ones grow")

@@ -173,7 +173,7 @@ for (name, (_, reached)), marker in zip(curves.items(), "os", strict=True):
     limits = [1 - compression.constants(compressor, int(k)).delta for k in grid]
     (line,) = left.loglog(grid, limits, label=name)
     left.plot(sizes, reached, marker, color=line.get_color())
-left.axhline(1, color="0.4", linewidth=0.8)
+left.plot([8, 2**20], [1, 1], color="0.4", linewidth=0.8)
 left.text(10, 1.15, "above: not a contraction", fontsize=9)
 left.set(xlabel="elements d that share a range", ylim=(1e-5, 30))
 left.set(
@@ -182,7 +182,7 @@ left.set(
 studies.label_ends(left, width=0.45)
 
 # %%
-t = np.linspace(-4.2, 4.2, 1201)
+t = np.linspace(-2.5, 2.5, 1201)
 for low, name, colour in (
     (-4.4, "textbook's grid", "C1"),
     (-4.0, "BAGUA's grid", "C0"),
@@ -193,11 +193,11 @@ for low, name, colour in (
         t, error, color=colour, label=name, linestyle="-" if colour == "C0" else "--"
     )
 right.plot(t, np.abs(t), color="0.6", linewidth=0.9)
-right.text(0.62, 0.72, "the element itself", fontsize=9, color="0.35")
+right.text(1.0, 0.9, "the element itself, |x|", fontsize=9, color="0.35")
 right.set(xlabel="an element x, in levels", ylim=(0, 1), ylabel="error of x, in levels")
-right.set_title("near zero: an error above |x|, or never")
-right.text(1.7, 0.53, "BAGUA's grid", fontsize=9, color="C0")
-right.text(-3.6, 0.53, "textbook's grid", fontsize=9, color="C1")
+right.set_title("near zero: never above |x|, or up to half a level")
+right.text(1.1, 0.53, "BAGUA's grid", fontsize=9, color="C0")
+right.text(-2.4, 0.53, "textbook's grid", fontsize=9, color="C1")
 studies.save(figure, "zero_on_the_grid")
 
 # %% [markdown]

@@ -259,7 +259,7 @@ def _grow(make, sizes, knobs, curvature, keys):
         carry, (early, seen) = jax.lax.scan(
             functools.partial(advance, None), carry, warm
         )
-        seen = seen.reshape(-1, seen.shape[-1])
+        seen = seen[:, :: max(1, seen.shape[1] // 128)].reshape(-1, seen.shape[-1])
         _, size, directions = jnp.linalg.svd(seen, full_matrices=False)
         span = jnp.where((size > 1e-5 * size[0])[:, None], directions, 0)
 

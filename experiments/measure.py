@@ -217,7 +217,7 @@ def _grow(make, sizes, knobs, curvature, keys):
             x = jnp.ones(d)
             return x, _keyed(tx.init(x), key)
 
-        def step(carry, push=0.0):
+        def step(carry, push: Any = 0.0):
             x, state = carry
             updates, state = tx.update(curvature * x + push, state, x)
             return optax.apply_updates(x, updates), state

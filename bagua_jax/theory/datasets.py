@@ -155,7 +155,7 @@ def stored_optimum(name: Literal["breast_cancer", "adult"]) -> np.ndarray:
         >>> abs(problem.gradient(stored_optimum("breast_cancer"))).max() < 1e-14
         True
     """
-    text = (resources.files(__package__) / "optima.json").read_text("utf-8")
+    text = (resources.files("bagua_jax.theory") / "optima.json").read_text("utf-8")
     return np.array(json.loads(text)[name]["optimum"])
 
 

@@ -193,10 +193,10 @@ shown = [t for t in (1, exact_after, 2 * exact_after, 40, 160) if t <= steps]
 for t in shown:
     value, error = average(paths["shift_one"][:, t])
     name = f"shift_one, n = {n}: energy left after {t} steps"
-    rows.append(Row(name, energy_left(n, [t])[0], value, error))
+    rows.append(Row(name, energy_left(n, [t])[0], float(value), float(error)))
 value, _ = average(paths["one-peer exponential"][:, exact_after])
 name = f"one-peer exponential, n = {n}: energy left after {exact_after} steps"
-rows.append(Row(name, 0, value, 0, 1e-12))
+rows.append(Row(name, 0, float(value), 0, 1e-12))
 
 # %%
 odd = topologies.one_peer_exponential(24)

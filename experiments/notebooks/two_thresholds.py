@@ -18,6 +18,8 @@
 # w_0)} \big( 2 - q - \frac{16 (1-q)^2}{(2-q)^3} \big)$, which is positive for all q.
 
 # %%
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -29,6 +31,7 @@ from bagua_jax.experiments.predictions.channels import bernoulli
 from bagua_jax.theory import mixing, modes, moments, rates
 from bagua_jax.theory.compression import Message
 
+# %%
 plt.style.use(studies.STYLE)
 n = studies.choose(8, 4)
 ring = topologies.ring(n)
@@ -117,11 +120,16 @@ chosen = np.array(studies.choose((0.2, 0.42, 0.6, 0.8), (0.3,)))
 parts = np.array(studies.choose((0.9, 0.97, 1.03), (0.9, 1.2)))
 q_grid, part_grid = (a.ravel() for a in np.meshgrid(chosen, parts, indexing="ij"))
 step_grid = np.array([largest_step(q) for q in q_grid]) * part_grid
-effort = {"n": n, "d": 16, "steps": studies.choose(150, 70), "populations": 4}
+effort: dict[str, Any] = {
+    "n": n,
+    "d": 16,
+    "steps": studies.choose(150, 70),
+    "populations": 4,
+}
 effort |= {"replicas": studies.choose(128, 48), "burn": studies.choose(90, 40)}
 effort |= {"curvature": 0.0, "conserved": True}
-found_dcd = mean_square_rate(make_dcd, knobs=(kept,), **effort)
-found_choco = mean_square_rate(make_choco, knobs=(q_grid, step_grid), **effort)
+found_dcd: Any = mean_square_rate(make_dcd, knobs=(kept,), **effort)
+found_choco: Any = mean_square_rate(make_choco, knobs=(q_grid, step_grid), **effort)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2)

@@ -1,8 +1,8 @@
 """Every study runs in fast mode, with its claims; one is run as a notebook, too."""
 
 import ast
+import importlib
 import os
-import signal
 from pathlib import Path
 
 import jupytext
@@ -65,28 +65,30 @@ def test_study_opens_as_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --- the command ----------------------------------------------------------------------
 
 
-def killed(name: str, pipe) -> None:
-    """Die as a process does that the system kills for memory."""
-    del name, pipe
-    os.kill(os.getpid(), signal.SIGKILL)
+ENDS = """
+import os, signal
+
+def killed(name, pipe):
+    os.kill(os.getpid(), signal.SIGKILL)  # as a system does that is out of memory
+
+def broken(name, pipe):
+    assert not name
+
+def fine(name, pipe):
+    pipe.send(("table of " + name, 1.0, 2.0))
+"""
 
 
-def broken(name: str, pipe) -> None:
-    """Fail an assertion."""
-    del pipe
-    raise AssertionError(name)
-
-
-def fine(name: str, pipe) -> None:
-    """Come to a table."""
-    pipe.send(studies._Ran(f"table of {name}", 1.0, 2.0))
-
-
-def test_a_study_that_is_killed_is_told(capfd: pytest.CaptureFixture[str]):
-    assert "killed by SIGKILL" in studies._apart_from_others(killed, "adam")
-    assert "exit code 1" in studies._apart_from_others(broken, "adam")
-    assert "AssertionError: adam" in capfd.readouterr().err
-    assert studies._apart_from_others(fine, "adam") == ("table of adam", 1.0, 2.0)
+def test_a_study_that_is_killed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "ends_of_studies.py").write_text(ENDS)  # which a new process imports
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ends = importlib.import_module("ends_of_studies")
+    assert "killed by SIGKILL" in studies._apart_from_others(ends.killed, "adam")
+    assert "exit code 1" in studies._apart_from_others(ends.broken, "adam")
+    assert "AssertionError" in capfd.readouterr().err
+    assert studies._apart_from_others(ends.fine, "adam") == ("table of adam", 1.0, 2.0)
 
 
 def test_the_command_goes_on_after_a_failure_and_keeps_old_pages(

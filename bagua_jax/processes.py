@@ -22,6 +22,7 @@ __all__ = [
     "fetch",
     "find",
     "from_first",
+    "hosts",
     "is_first",
     "leave",
     "listening_address",
@@ -253,6 +254,19 @@ def fetch(tree: Any) -> Any:
     if count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def hosts() -> list[str]:
+    """Name the host of each process; every process must call it.
+
+    Communication:
+        An all-gather of 64 bytes.
+    """
+    name = np.zeros(64, np.uint8)
+    text = socket.gethostname().encode()[:64]
+    name[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.reshape(multihost_utils.process_allgather(name), (-1, 64))
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def from_first(work: Callable[[], Any], error: type[Exception] = RuntimeError) -> Any:

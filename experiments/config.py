@@ -183,6 +183,12 @@ class ExperimentConfig:
     """Steps between evaluations; the last step is always evaluated."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    check_replicas_every: int = 50
+    """Steps between comparisons of what all workers hold alike; one that differs stops
+    the run."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a worker whose loss or gradient is not finite makes: the run stops, or all
+    workers skip the step (one small all-reduce more)."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     output: str = "runs"
@@ -196,12 +202,14 @@ class ExperimentConfig:
         _require_file_name("experiment", self.experiment)
         _require_choice("where", self.where, ("simulate", "devices", "processes"))
         _require_choice("sharding", self.sharding, ("iid", "label"))
+        _require_choice("on_nan", self.on_nan, ("stop", "skip"))
         _require_positive(
             workers=self.workers,
             steps=self.steps,
             batch_size=self.batch_size,
             eval_every=self.eval_every,
             checkpoint_every=self.checkpoint_every,
+            check_replicas_every=self.check_replicas_every,
             keep_checkpoints=self.keep_checkpoints,
         )
         if not 0 <= self.seed < 2**31:
@@ -484,7 +492,8 @@ def identity(config: ExperimentConfig) -> dict[str, Any]:
     del own["label"]
     own.pop("optimizer", None)
     optimizer = algorithm.optimizer or config.optimizer
-    return {
+    skips = {"on_nan": "skip"} if config.on_nan == "skip" else {}
+    return skips | {
         "task": config.task,
         "workers": config.workers,
         "where": config.where,

@@ -30,8 +30,6 @@ _BEAT = "BAGUA_JAX_BEAT"
 _SUPERVISOR = "BAGUA_JAX_SUPERVISOR"
 _POLL = 0.05
 _QUICK = ("step", "evaluating", "saving")
-_STARTING = 600.0
-"""Seconds for what is not one of the quick phases: starting and compiling."""
 _LONGEST = 60.0
 """Seconds that the back-off does not grow beyond."""
 
@@ -87,6 +85,7 @@ class Policy(NamedTuple):
     fruitless: int = 1
     backoff: float = 1.0
     stuck_after: float = 60.0
+    start_within: float = 600.0
 
 
 @dataclass
@@ -148,7 +147,7 @@ def supervise(
     furthest, fruitless, restarts = (0, 0), 0, 0
     while True:
         with _started(command, count, folder, fresh=not restarts) as processes:
-            failure = _watch(processes, policy.stuck_after)
+            failure = _watch(processes, policy)
         if failure is None:
             return 0
         _report(failure, processes, workers)
@@ -234,7 +233,7 @@ def _terminated(number, frame) -> None:
     raise SystemExit(128 + number)
 
 
-def _watch(processes: Sequence[_Process], stuck_after: float) -> _Failure | None:
+def _watch(processes: Sequence[_Process], policy: Policy) -> _Failure | None:
     """Wait until all have finished, or one fails."""
     said = open(processes[0].log, encoding="utf-8", errors="replace")  # noqa: SIM115
     with said:
@@ -254,7 +253,7 @@ def _watch(processes: Sequence[_Process], stuck_after: float) -> _Failure | None
             ):
                 if code:
                     return _Failure(process, *_cause(code))
-            if stuck := _stuck(processes, stuck_after):
+            if stuck := _stuck(processes, policy):
                 return stuck
 
 
@@ -265,12 +264,13 @@ def _cause(code: int) -> tuple[str, int]:
     return f"was killed by {name}", 128 - code
 
 
-def _stuck(processes: Sequence[_Process], stuck_after: float) -> _Failure | None:
+def _stuck(processes: Sequence[_Process], policy: Policy) -> _Failure | None:
     """Find the process that the others wait for, if nothing happens for too long."""
     living = [p for p in processes if p.popen.poll() is None]
     now = time.monotonic()
     for process in living:
-        limit = stuck_after if process.phase in _QUICK else _STARTING
+        quick = process.phase in _QUICK
+        limit = policy.stuck_after if quick else policy.start_within
         if now - process.since > limit:
             culprit = min(living, key=lambda p: p.since)
             for p in living:  # a stack in its log

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from bagua_jax import Workers, processes, wire, worker_local
+from bagua_jax import (
+    Workers,
+    diagnostics,
+    primitives,
+    processes,
+    wire,
+    worker_local,
+)
 from bagua_jax.algorithms import REGISTRY
 from bagua_jax.experiments import catalog, checkpoint, folders, supervise
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig, identity
@@ -51,6 +61,10 @@ _WIRE = (
 )
 _BLOWN_UP = 1e6
 """A loss above it ends a run that may diverge."""
+_SKIPPED = "train/skipped_by"
+"""In the metrics of a step that was skipped: how many workers were not finite."""
+_SKIPS = 10
+"""So many skipped steps in a row are borne."""
 _PENDING = 256
 """So many steps' losses at most wait on their devices to be recorded."""
 _STRETCH = 0.2
@@ -87,6 +101,7 @@ class Program(NamedTuple):
         step: ``(state, batch) -> state, losses``; the batch has leaves [n, B, ...], as
             ``workers.stack`` makes them; the losses are [n], one of each worker's own
             batch.
+        checksums: ``state -> [n]``, of each worker's copy of what all workers share.
         text: optimized HLO of the step on one device for each worker; ``None`` where
             there are too few devices to compile it for.
         stacked: whether each worker has parameters of its own.
@@ -95,6 +110,7 @@ class Program(NamedTuple):
     workers: Workers
     state: TrainState
     step: Callable[[TrainState, Any], tuple[TrainState, jax.Array]]
+    checksums: Callable[[TrainState], jax.Array]
     text: str | None
     stacked: bool
 
@@ -132,9 +148,28 @@ def functions(
             gradient_fn=lambda params: value_and_grad(params, batch)[1],
         )
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), loss
+        new = TrainState(params, opt_state)
+        if config.on_nan == "skip":
+            new, loss = _unless_not_finite(state, new, loss, grads, axis_name)
+        return new, loss
 
     return init, step
+
+
+def _unless_not_finite(
+    old: TrainState, new: TrainState, loss: Any, grads: Any, axis_name: AxisName
+) -> tuple[TrainState, jax.Array]:
+    """Keep the old state, on all workers, if a worker's loss or gradient is not finite.
+
+    The exchange has taken place, so that no worker waits; its outcome is thrown away.
+    That worker's loss is made NaN, by which the step is known as skipped.
+    """
+    finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), (loss, grads))
+    sound = jnp.stack(jax.tree.leaves(finite)).all()
+    unsound = worker_local(1.0 - sound.astype(jnp.float32), axis_name)
+    skipped = primitives.c_fp_s(unsound[None], axis_name=axis_name)[0] > 0
+    kept = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)
+    return kept, jnp.where(sound, loss, jnp.nan)
 
 
 def build(
@@ -162,16 +197,39 @@ def build(
         specs = workers.specs(init, initial)
         state = workers.spmd(init)(initial)
         mapped = workers.spmd(step, in_specs=(specs, workers.spec))
-        return state, mapped.lower(state, workers.stack(batch)).compile()
+        step = mapped.lower(state, workers.stack(batch)).compile()
+        return state, step, replica_checksums(workers, specs)
 
-    state, step = compile_on(workers)
+    state, step, checksums = compile_on(workers)
     text = None
     if workers.mesh is not None:
         text = step.as_text()
     elif len(host := _host_devices()) >= config.workers:
         on_host = Workers.devices(config.workers, devices=host)
         text = compile_on(on_host)[1].as_text()
-    return Program(workers, state, step, text, stacked)
+    return Program(workers, state, step, checksums, text, stacked)
+
+
+def replica_checksums(workers: Workers, specs: Any) -> Callable[[Any], jax.Array]:
+    """Compile, on first use, what compares the copies of what all workers share.
+
+    Args:
+        workers: on devices.
+        specs: of a state's leaves; those that are ``P()`` are shared.
+
+    Returns:
+        ``state -> [n]`` uint32, the checksum of each worker's own copy. Each device
+        reads what it holds; nothing is communicated.
+    """
+    is_spec = lambda x: isinstance(x, P)  # noqa: E731
+    shared = [spec == P() for spec in jax.tree.leaves(specs, is_leaf=is_spec)]
+
+    def checksum(state):
+        leaves = zip(jax.tree.leaves(state), shared, strict=True)
+        own = diagnostics.replica_checksum([x for x, is_shared in leaves if is_shared])
+        return worker_local(own, workers.axis_name)
+
+    return workers.spmd(checksum, in_specs=(specs,))
 
 
 def _host_devices() -> list[Any]:
@@ -340,6 +398,7 @@ def train(
 
     with progress(console, algorithm.label, start, config.steps) as show:
         pending, note, mark, stride = [], "", time.perf_counter(), 8
+        in_a_row = 0
         for step in range(start + 1, config.steps + 1):
             beat("step", algorithm.label, step)
             batch = workers.stack(shards.batch(step - 1, workers.own))
@@ -347,6 +406,8 @@ def train(
             if on_cpu:  # two steps in flight on more host devices than cores deadlock
                 jax.block_until_ready((state, losses))
             pending.append(losses)
+            if config.where != "simulate" and step % config.check_replicas_every == 0:
+                _require_equal_replicas(step, program, state)
             last = step == config.steps
             judged = last or step % config.eval_every == 0
             saved = last or step % config.checkpoint_every == 0
@@ -357,7 +418,14 @@ def train(
             table, seconds = _gather(workers, pending, mark)
             try:
                 for taken, losses in enumerate(table, step + 1 - len(pending)):
-                    records.append(_record(taken, losses, limit))
+                    record = _record(taken, losses, limit, config.on_nan, workers)
+                    in_a_row = in_a_row + 1 if _SKIPPED in record else 0
+                    if in_a_row:
+                        whose = _names(workers, ~np.isfinite(losses))
+                        say(f"step {taken} is skipped: not finite at {whose}")
+                    if in_a_row > _SKIPS:
+                        raise Diverged(f"{in_a_row} steps in a row were skipped.")
+                    records.append(record)
                 if judged:
                     beat("evaluating", algorithm.label, step)
                     records[-1] |= evaluate(program, judge, state.params, data.test)
@@ -404,14 +472,47 @@ def _gather(
     return message[:, : len(pending)].T, float(message[:, -1].max())
 
 
-def _record(step: int, losses: np.ndarray, limit: float) -> dict[str, Any]:
+def _record(
+    step: int, losses: np.ndarray, limit: float, on_nan: str, workers: Workers
+) -> dict[str, Any]:
+    finite = np.isfinite(losses)
+    if on_nan == "skip" and not finite.all() and finite.any():
+        loss = float(np.mean(losses[finite], dtype=np.float64))
+        return {"step": step, "train/loss": loss, _SKIPPED: int((~finite).sum())}
     loss = float(np.mean(losses, dtype=np.float64))
     if not math.isfinite(loss) or loss > limit:
+        whose = "" if finite.all() else f", that of {_names(workers, ~finite)} first"
         raise Diverged(
-            f"the training loss is {loss:.6g} on step {step}. Lower the learning rate, "
-            "or compress less."
+            f"the training loss is {loss:.6g} on step {step}{whose}. Lower the "
+            "learning rate, or compress less."
         )
     return {"step": step, "train/loss": loss}
+
+
+def _names(workers: Workers, which: np.ndarray) -> str:
+    """Name workers, with their processes and hosts where there are several."""
+    numbers = np.arange(workers.num_workers)[which]
+    if processes.count() == 1 or not isinstance(workers.mesh, Mesh):
+        return ", ".join(f"worker {i}" for i in numbers)
+    hosts, devices = processes.hosts(), workers.mesh.devices.flat
+    at = [devices[int(i)].process_index for i in numbers]
+    return ", ".join(
+        f"worker {i} (process {p}, host {hosts[p]})"
+        for i, p in zip(numbers, at, strict=True)
+    )
+
+
+def _require_equal_replicas(step: int, program: Program, state: TrainState) -> None:
+    """Refuse to go on where what all workers share is not the same on all."""
+    sums = processes.fetch(program.checksums(state))
+    values, counts = np.unique(sums, return_counts=True)
+    if len(values) > 1:
+        strays = sums != values[np.argmax(counts)]
+        raise RunError(
+            f"replicas have drifted by step {step}: {_names(program.workers, strays)} "
+            f"differ from the other {int((~strays).sum())}. Nothing in the program can "
+            "do that: suspect the hardware, or a fault in a library."
+        )
 
 
 def _note(record: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ class Launch:
     """Seconds before a restart; doubled after each one that gained no step."""
     stuck_after: float = 60.0
     """Seconds in which a process must finish a step, an evaluation or a checkpoint."""
+    start_within: float = 600.0
+    """Seconds in which a process must start, compile, or write the report."""
     words: tyro.conf.Suppress[tuple[str, ...]] = ()
     command: tyro.conf.Suppress[Any] = None
 
@@ -60,6 +62,10 @@ def main(command: Launch) -> int:
         labels=[algorithm.label for algorithm in config.algorithms],
         workers=config.workers,
         policy=supervise.Policy(
-            command.restarts, command.fruitless, command.backoff, command.stuck_after
+            command.restarts,
+            command.fruitless,
+            command.backoff,
+            command.stuck_after,
+            command.start_within,
         ),
     )

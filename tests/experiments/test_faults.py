@@ -1,0 +1,140 @@
+"""What goes wrong inside a run is reported where it happens, and loses nothing."""
+
+import resource
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bagua_jax import Workers
+from bagua_jax.experiments import checkpoint, folders, train
+from bagua_jax.experiments.data import Shards
+from bagua_jax.experiments.folders import RunError
+
+BATCH = Shards.batch
+
+
+def poison(monkeypatch, steps, workers=(2,)) -> None:
+    """Spoil the batches of some workers in some steps, counted from 1."""
+
+    def batch(self, step, own=slice(None)):
+        found = BATCH(self, step, own)
+        if step + 1 in steps:
+            found["target"][list(workers)] = np.nan
+        return found
+
+    monkeypatch.setattr(Shards, "batch", batch)
+
+
+@pytest.mark.parametrize("where", ["simulate", "devices"])
+def test_a_worker_that_is_not_finite_is_named(lab, monkeypatch, where):
+    poison(monkeypatch, {6})
+    status, _, err = lab.run("--where", where)
+    assert status == 1
+    assert "nan on step 6, that of worker 2 first" in err
+    assert [line["step"] for line in lab.lines()] == list(range(6))
+
+
+@pytest.mark.parametrize("label", ["gradient_allreduce", "low_precision_decentralized"])
+def test_a_skipped_step_is_as_if_it_had_not_been(lab, monkeypatch, label):
+    changes = {"algorithms": [label], "on_nan": "skip"}
+    poison(monkeypatch, {6})
+    status, out, _ = lab.run(output="skips", **changes)
+    assert status == 0 and "step 6 is skipped: not finite at worker 2" in out
+    skipped = lab.lines(label, "skips")[6]
+    assert skipped["train/skipped_by"] == 1 and np.isfinite(skipped["train/loss"])
+
+    # The same batches without that step.
+    monkeypatch.setattr(
+        Shards,
+        "batch",
+        lambda self, step, own=slice(None): BATCH(self, step + (step >= 5), own),
+    )
+    assert lab.run(output="without", steps=11, **changes)[0] == 0
+    ours, theirs = lab.state(label, "skips"), lab.state(label, "without")
+    assert ours == theirs
+
+
+def test_a_run_that_only_skips_is_stopped(lab, monkeypatch):
+    poison(monkeypatch, set(range(3, 99)))
+    status, _, err = lab.run("--on-nan", "skip", "--steps", "40")
+    assert status == 1 and "11 steps in a row were skipped" in err
+
+
+def test_a_replica_that_drifts_is_named():
+    workers = Workers.devices(4)
+    sharding = NamedSharding(workers.mesh, P())
+    same, spoilt = np.arange(6.0, dtype=np.float32), np.arange(6.0, dtype=np.float32)
+    spoilt[3] = np.nextafter(spoilt[3], 9)  # one bit
+    copies = [
+        jax.device_put(spoilt if i == 2 else same, device)
+        for i, device in enumerate(workers.mesh.devices.flat)
+    ]
+    drifted = jax.make_array_from_single_device_arrays((6,), sharding, copies)
+    own = workers.stack(np.arange(8.0, dtype=np.float32).reshape(4, 2))  # may differ
+    check = train.replica_checksums(workers, {"shared": P(), "own": workers.spec})
+
+    def program(state):
+        return train.Program(workers, state, None, check, None, False)
+
+    sound = {"shared": jax.device_put(same, sharding), "own": own}
+    train._require_equal_replicas(5, program(sound), sound)
+    state = {"shared": drifted, "own": own}
+    with pytest.raises(RunError, match="by step 5: worker 2 differ from the other 3"):
+        train._require_equal_replicas(5, program(state), state)
+
+
+def test_replicas_are_compared_every_so_many_steps(lab, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "_require_equal_replicas", lambda s, *_: seen.append(s))
+    lab.run("--check-replicas-every", "5")
+    lab.run("--check-replicas-every", "5", "--where", "simulate")
+    assert seen == [5, 10]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+def test_a_full_disk_stops_the_run_and_spoils_nothing(lab, monkeypatch):
+    changes = {"task": "digits", "algorithms": ["decentralized"]}
+    lab.run(output="whole", **changes)
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise Killed
+
+    save = checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_die)
+        with pytest.raises(Killed):
+            lab.run(output="full", **changes)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # bytes in a file
+    try:
+        status, _, err = lab.run(output="full", **changes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1 and "File too large" in err, err
+    folder = lab.folder("decentralized", "full")
+    assert folders.read_json(folder / "checkpoints/4/seal.json")
+    status, out, _ = lab.run(output="full", **changes)
+    assert status == 0 and "continues after step 4" in out
+    for look in (lab.metrics, lab.state):
+        assert look("decentralized", "full") == look("decentralized", "whole")
+
+
+def test_what_was_altered_is_named(lab):
+    lab.run()
+    place = lab.folder() / "checkpoints"
+    (lab.folder() / "summary.json").unlink()
+    for step in ("8", "12"):
+        (file,) = (place / step / "default").glob("manifest.ocdbt")
+        file.write_bytes(file.read_bytes()[:-1])
+    status, _, err = lab.run()
+    assert status == 1
+    assert "checkpoints/8/default/manifest.ocdbt is not what was written" in err

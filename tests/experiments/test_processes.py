@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -279,3 +280,79 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+# --- other launchers ---
+
+
+def clean_environment() -> dict[str, str]:
+    """Give the environment without what launchers leave in it."""
+    ours = ("SLURM_", "MPI_", "OMPI_", "PMI_", "BAGUA_JAX_", "JAX_COORDINATOR")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+
+
+def require_equal_to_devices(lab, output: str) -> None:
+    """Compare a run of gossip, on two workers, with that on two host devices."""
+    label = "low_precision_decentralized"
+    assert lab.run(output="one", algorithms=[label], workers=2, steps=4)[0] == 0
+    assert lab.metrics(label, output) == lab.metrics(label, "one")
+    assert lab.state(label, output) == lab.state(label, "one")
+
+
+def command(lab, output: str) -> list[str]:
+    """Give the command that every process runs, by whatever launcher."""
+    changes = {"algorithms": ["low_precision_decentralized"], "workers": 2, "steps": 4}
+    changes |= {"output": str(lab.root / output), "where": "processes"}
+    program = [sys.executable, "-m", "bagua_jax.experiments", "run"]
+    return [*program, lab.config(**changes)]
+
+
+def test_slurm(lab):
+    """SLURM's variables as srun sets them; no SLURM was needed, and none was used."""
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),  # which chooses the port
+        "SLURM_STEP_NODELIST": processes.socket.gethostname(),
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    words, tasks = command(lab, "slurm"), []
+    for task in ("0", "1"):
+        own = job | {"SLURM_PROCID": task, "SLURM_LOCALID": task}
+        out = subprocess.PIPE
+        tasks.append(
+            subprocess.Popen(
+                words,
+                env=clean_environment() | own,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        said = [task.communicate(timeout=300)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], said
+    require_equal_to_devices(lab, "slurm")
+
+
+def mpiexec() -> Path | None:
+    """Find the mpiexec of the MPI that mpi4py uses here."""
+    found = Path(sys.executable).with_name("mpiexec")
+    return found if found.exists() and find_spec("mpi4py") else None
+
+
+@pytest.mark.skipif(not mpiexec(), reason="the wheels mpich and mpi4py are needed")
+def test_mpiexec(lab):
+    done = subprocess.run(
+        [str(mpiexec()), "-n", "2", *command(lab, "mpi")],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    require_equal_to_devices(lab, "mpi")

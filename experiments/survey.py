@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ __all__ = [
     "count",
     "label",
     "measure",
+    "program",
     "read",
     "resnet50",
     "to_markdown",
@@ -514,11 +515,26 @@ def count(
         ConfigError: if the factory refuses a value.
         ValueError: if the algorithm refuses a hierarchy.
     """
+    from bagua_jax import wire
+
+    step, args, specs = program(algorithm, options, params, place)
+    return wire.count(place.spmd(step, in_specs=specs).lower(*args).compile())
+
+
+def program(
+    algorithm: str, options: Mapping[str, Any], params: Any, place: Workers
+) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+    """Give one step of an algorithm, to compile anywhere; see :func:`count`.
+
+    Returns:
+        A per-worker function of (parameters, state) and gradients, the shapes of its
+        arguments at the boundary, and their specs.
+    """
     import jax
     import jax.numpy as jnp
     import optax
 
-    from bagua_jax import wire, worker_local
+    from bagua_jax import worker_local
     from bagua_jax.algorithms import REGISTRY
     from bagua_jax.experiments import catalog
     from bagua_jax.experiments.config import AlgorithmConfig, ExperimentConfig
@@ -541,13 +557,11 @@ def count(
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    specs = place.specs(init)
     state = jax.eval_shape(place.spmd(init))
     grads = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((place.num_workers, *x.shape), x.dtype), params
     )
-    mapped = place.spmd(step, in_specs=(specs, place.spec))
-    return wire.count(mapped.lower(state, grads).compile())
+    return step, (state, grads), (place.specs(init), place.spec)
 
 
 def read() -> dict[str, dict[str, float]]:

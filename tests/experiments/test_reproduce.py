@@ -64,6 +64,14 @@ def test_compiled_programs_send_what_the_study_counts(
     assert megabytes - 0.05 <= counted <= 1.002 * megabytes + 0.05
 
 
+def test_programs_compiled_for_gpus_send_the_same_bytes(numbers):
+    (cluster, programs), *_ = numbers["planned"].items()
+    assert cluster == "16x8:h100" and set(programs) == set(counts.PROGRAMS)
+    for label, sent in programs.items():
+        here = numbers["programs"]["vgg16"][label]
+        assert sent["bytes"] == pytest.approx(here["bytes"], rel=1e-12), label
+
+
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_exact_means_and_pairs_send_what_arithmetic_says(numbers, workload):
     size = 4 * numbers["workloads"][workload]["parameters"]

@@ -38,6 +38,7 @@ SKIPPED = 77  # exit status where the lab cannot be built here, as automake's
 _INSIDE = "BAGUA_JAX_LAB"
 _RUN = os.path.realpath("/var/run")  # where `ip netns` keeps its namespaces
 _PROBE = str(Path(__file__).parent / "probe.py")
+_SWITCH = str(Path(__file__).parent / "switch.py")
 
 
 class Network(NamedTuple):
@@ -124,6 +125,15 @@ def _sh(*command: str) -> None:
         raise LabError(f"`{' '.join(command)}` failed: {said}")
 
 
+def _has_netem() -> bool:
+    """Try whether the kernel can delay frames."""
+    trial = ["tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "0ms"]
+    has = subprocess.run(trial, capture_output=True).returncode == 0
+    if has:
+        _sh("tc", "qdisc", "del", "dev", "lo", "root")
+    return has
+
+
 class Lab:
     """Namespaces of n workers on one network, until the end of the ``with`` block.
 
@@ -151,21 +161,50 @@ class Lab:
         self._undo.close()
 
     def _build(self) -> None:
-        _sh("ip", "link", "add", "labbr", "type", "bridge")
-        _sh("ip", "link", "set", "labbr", "up")
         for i in range(self.n):
-            inside, far = ["ip", "-n", f"lab{i}"], f"lab{i}"
             _sh("ip", "netns", "add", f"lab{i}")
-            pair = ["type", "veth", "peer", "name", "eth0", "netns", f"lab{i}"]
-            _sh("ip", "link", "add", far, *pair)
-            _sh("ip", "link", "set", far, "master", "labbr", "up")
+            hosts = f"127.0.0.1 localhost\n{self.address(i)} {socket.gethostname()}\n"
+            Path(self._folder, f"hosts{i}").write_text(hosts)
+        self.delayed_by = ""
+        if self.network.delay:
+            self.delayed_by = "netem" if _has_netem() else "a switch in user space"
+        if self.delayed_by.startswith("a switch"):
+            self._connect_by_switch()
+        else:
+            self._connect_by_bridge()
+        for i in range(self.n):
+            inside = ["ip", "-n", f"lab{i}"]
             _sh(*inside, "link", "set", "lo", "up")
             _sh(*inside, "addr", "add", f"{self.address(i)}/24", "dev", "eth0")
             _sh(*inside, "link", "set", "eth0", "up")
-            self._shape([], far)  # what it receives
             self._shape(["ip", "netns", "exec", f"lab{i}"], "eth0")  # what it sends
-            hosts = f"127.0.0.1 localhost\n{self.address(i)} {socket.gethostname()}\n"
-            Path(self._folder, f"hosts{i}").write_text(hosts)
+
+    def _connect_by_bridge(self) -> None:
+        _sh("ip", "link", "add", "labbr", "type", "bridge")
+        _sh("ip", "link", "set", "labbr", "up")
+        for i in range(self.n):
+            pair = ["type", "veth", "peer", "name", "eth0", "netns", f"lab{i}"]
+            _sh("ip", "link", "add", f"lab{i}", *pair)
+            _sh("ip", "link", "set", f"lab{i}", "master", "labbr", "up")
+            self._shape([], f"lab{i}")  # what it receives
+
+    def _connect_by_switch(self) -> None:
+        names = [f"lab{i}" for i in range(self.n)]
+        rate = str(self.network.rate or 0)
+        command = [sys.executable, "-I", _SWITCH, str(self.network.delay), rate, *names]
+        switch = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self._running.append(switch)
+        assert switch.stdout is not None and switch.stderr is not None
+        if switch.stdout.readline() != b"ready\n":
+            said = switch.stderr.read().decode(errors="replace")[-500:]
+            raise LabError(
+                f"{self.network.name}: this kernel has no netem, which delays frames, "
+                f"and the switch in user space needs /dev/net/tun:\n{said}"
+            )
+        for i, name in enumerate(names):
+            _sh("ip", "link", "set", name, "netns", f"lab{i}", "name", "eth0")
 
     def _shape(self, where: Sequence[str], device: str) -> None:
         add = [*where, "tc", "qdisc", "add", "dev", device]
@@ -175,16 +214,9 @@ class Lab:
             bucket = f"tbf rate {self.network.rate:g}mbit burst 128kb latency 40ms"
             _sh(*add, *parent, *bucket.split())
             parent = ["parent", "1:1"]
-        if self.network.delay and device == "eth0":
-            try:
-                delay = f"netem delay {self.network.delay:g}ms limit 10000"
-                _sh(*add, *parent, *delay.split())
-            except LabError as error:
-                raise LabError(
-                    f"{self.network.name}: this kernel has no netem, which delays "
-                    f"frames ({error}). Load the module sch_netem, or choose a network "
-                    "without delay."
-                ) from None
+        if self.delayed_by == "netem" and device == "eth0":
+            delay = f"netem delay {self.network.delay:g}ms limit 10000"
+            _sh(*add, *parent, *delay.split())
 
     def _tear_down(self) -> None:
         for process in self._running:
@@ -311,6 +343,7 @@ class Lab:
         return {
             "throughput_mbit": round(min(best), 1),
             "rtt_ms": round(rtt, 3),
+            "delayed_by": self.delayed_by or "nothing",
             "congestion_control": control.strip(),
         }
 

@@ -16,10 +16,11 @@ class Case(NamedTuple):
     split: bool = True  # by bagua_jax.parts; else one program
 
 
-BUCKETS = {"bucket_bytes": 6 * 2**20}
+BUCKETS = {"bucket_bytes": 4 * 2**20}  # a layer each
+HALF = {"compressor": "float16", "error_feedback": "none", **BUCKETS}
 CASES = {
     "gradient_allreduce": Case("gradient_allreduce"),
-    "f16": Case("compressed_mean", {"compressor": "cast('float16')"}),
+    "f16": Case("compressed_mean", HALF),
     "bytegrad": Case("bytegrad", BUCKETS),
     "qadam": Case("qadam", {"warmup_steps": 6, **BUCKETS}),
     "decentralized": Case("decentralized", {"topology": "one_peer_exponential"}),
@@ -29,27 +30,50 @@ CASES = {
     "powersgd2": Case("powersgd", {"rank": 2}),
     "powersgd4": Case("powersgd", {"rank": 4}),
 }
+CASES["asynchronous averaging"] = Case("async_model_average", {"period": 1})
 CASES |= {
     f"{name}, one program": CASES[name]._replace(split=False)
     for name in ("gradient_allreduce", "f16", "bytegrad", "powersgd1")
 }
 
 
-class Trainer:
+def loss_fn(params, images, labels):
+    """Mean cross entropy of the perceptron."""
+    import jax
+    import optax
+
+    x = images
+    for k, (kernel, bias) in enumerate(params):
+        x = x @ kernel + bias
+        x = jax.nn.relu(x) if k < len(params) - 1 else x
+    losses = optax.softmax_cross_entropy_with_integer_labels(x, labels)
+    return losses.mean()
+
+
+class Lockstep:
     """One case under way: parameters, optimizer and step."""
+
+    steps_at_once = 1
 
     def __init__(self, case: Case, images: problem.Images) -> None:
         import jax
         import jax.numpy as jnp
         import optax
 
-        from bagua_jax import Workers, algorithms, compressors, parts, worker_local
+        from bagua_jax import (
+            Workers,
+            algorithms,
+            compressors,
+            parts,
+            primitives,
+            worker_local,
+        )
 
         self._jax, self._images, self._count = jax, images, 0
         self._workers = workers = Workers.devices()
         options = dict(case.options)
-        if options.get("compressor") == "cast('float16')":
-            options["compressor"] = compressors.cast("float16")
+        if "compressor" in options:
+            options["compressor"] = compressors.cast(options["compressor"])
         entry = algorithms.REGISTRY[case.algorithm]
         if entry.is_optimizer:
             tx = entry.factory(problem.ADAM_RATE, axis_name="workers", **options)
@@ -59,14 +83,6 @@ class Trainer:
                 optax.sgd(problem.RATE),
             ]
             tx = optax.chain(*(both[::-1] if entry.own_params else both))
-
-        def loss_fn(params, images, labels):
-            x = images
-            for k, (kernel, bias) in enumerate(params):
-                x = x @ kernel + bias
-                x = jax.nn.relu(x) if k < len(params) - 1 else x
-            losses = optax.softmax_cross_entropy_with_integer_labels(x, labels)
-            return losses.mean()
 
         def init(params):
             if entry.own_params:
@@ -88,9 +104,8 @@ class Trainer:
         self._loss = jax.jit(loss_fn)
 
         def average(state):
-            local = worker_local(state[0], "workers")
-            mean = lambda x: jax.lax.pmean(x, "workers")  # noqa: E731
-            return jax.tree.map(mean, local)
+            mean = lambda x: primitives.c_fp_s(x, axis_name="workers")  # noqa: E731
+            return jax.tree.map(mean, worker_local(state[0], "workers"))
 
         self._average = workers.spmd(average, in_specs=(specs[0],))
 
@@ -115,6 +130,65 @@ class Trainer:
             lambda x: x.addressable_data(0), self._average(self._state)
         )
         return float(self._loss(mean, *self._images.held_out))
+
+
+class Asynchronous:
+    """Local steps that wait for nobody, while a thread averages models.
+
+    Rounds end with the last step, and the wait for that is counted; so a measurement
+    has many steps.
+    """
+
+    steps_at_once = 25  # for one of the others
+
+    def __init__(self, case: Case, images: problem.Images) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from bagua_jax import Workers, algorithms, asynchrony
+
+        self._images, self._count = images, 0
+        factory = algorithms.REGISTRY[case.algorithm].factory
+        self._tx = factory(axis_name="workers", **case.options)
+        self._workers, self._rounds = Workers.devices(), asynchrony.Rounds
+        first = jax.tree.map(jnp.asarray, problem.first_weights())
+        self._replica = asynchrony.Replica(first)
+        self._loss = jax.jit(loss_fn)
+
+        @jax.jit
+        def local_step(params, images, labels):
+            loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
+            step = lambda p, g: p - problem.RATE * g  # noqa: E731
+            return jax.tree.map(step, params, grads), loss
+
+        def local(params, batch):
+            return jax.block_until_ready(local_step(params, *batch))
+
+        self._local = local
+
+    def steps(self, count: int) -> list[float]:
+        """Train; give the seconds of each step, the last wait spread over them."""
+        seconds = []
+        with self._rounds(self._replica, self._tx, self._workers):
+            for _ in range(count):
+                batch = self._images.batch(process.worker(), self._count)
+                start = time.perf_counter()
+                self._replica.step(lambda params, b=batch: self._local(params, b))
+                seconds.append(time.perf_counter() - start)
+                self._count += 1
+            start = time.perf_counter()
+        waited = (time.perf_counter() - start) / count
+        return [s + waited for s in seconds]
+
+    def held_out_loss(self) -> float:
+        """Give the loss on the held-out images; replicas are equal between runs."""
+        return float(self._loss(self._replica.params, *self._images.held_out))
+
+
+def trainer(case: Case, images: problem.Images) -> Lockstep | Asynchronous:
+    """Start a case."""
+    is_real = case.algorithm == "async_model_average"
+    return (Asynchronous if is_real else Lockstep)(case, images)
 
 
 def connect() -> None:

@@ -73,18 +73,19 @@ def main() -> None:
     stream, pings = listen(own, PORT), listen(own, PORT_OF_PINGS)
     receiver = threading.Thread(target=receive, args=(stream, result))
     receiver.start()
-    threading.Thread(target=echo, args=(pings,), daemon=True).start()
+    echoes = threading.Thread(target=echo, args=(pings,), daemon=True)
+    echoes.start()
     link, data = connect(peer, PORT), bytes(CHUNK)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         link.sendall(data)
     link.close()
     receiver.join()
-    if own.endswith(".1"):  # the others' answer while they wait for the end of it
+    if own.endswith(".1"):
         time.sleep(0.3)
         result["rtt_ms"] = ping(peer)
-    else:
-        time.sleep(2.0)
+    elif own.endswith(".2"):
+        echoes.join(30)
     print(json.dumps(result))
 
 

@@ -21,13 +21,13 @@ def main() -> None:
         order = json.loads(line)
         name = order["case"]
         if name not in trainers:
-            trainers[name] = side.Trainer(side.CASES[name], images)
+            trainers[name] = side.trainer(side.CASES[name], images)
         trainer, answer = trainers[name], {}
         if order.get("steps"):
             before = process.sent_bytes()
-            answer["seconds"] = trainer.steps(order["steps"])
-            sent = process.sent_bytes() - before
-            answer["bytes"] = sent / order["steps"]
+            steps = order["steps"] * trainer.steps_at_once
+            answer["seconds"] = trainer.steps(steps)
+            answer["bytes"] = (process.sent_bytes() - before) / steps
         if order.get("loss"):
             answer["loss"] = trainer.held_out_loss()
         if order.get("forget"):

@@ -17,8 +17,10 @@ CASES = {
 }
 
 
-class Trainer:
+class Lockstep:
     """One case under way: model, optimizer and hook."""
+
+    steps_at_once = 1
 
     def __init__(self, case: dict[str, Any], images: problem.Images) -> None:
         import torch
@@ -95,6 +97,11 @@ class Trainer:
             for p, kept in zip(self._module.parameters(), own, strict=True):
                 p.copy_(kept)
         return float(loss)
+
+
+def trainer(case: dict[str, Any], images: problem.Images) -> Lockstep:
+    """Start a case."""
+    return Lockstep(case, images)
 
 
 def connect() -> None:

@@ -142,7 +142,10 @@ def _warn_of_flat(n: int, elements: int, itemsize: int, nbytes: int, name: str) 
     node once, and a node's devices share what crosses.
     """
     nodes = len(set(_NODES.get()))
-    if nodes < 2 or len(_NODES.get()) != n or n % nodes:
+    is_small = (
+        elements < 2**16
+    )  # ranges weigh as much as codes, and bytes do not matter
+    if is_small or nodes < 2 or len(_NODES.get()) != n or n % nodes:
         return
     local = n // nodes
     flat = ((n - local) + (n - 1) / local) * nbytes / elements

@@ -817,14 +817,14 @@ def test_a_flat_exchange_over_nodes_warns_once(nodes, warns):
             warnings.simplefilter("always")
             with primitives.on_nodes(nodes):
                 traced = workers.spmd(program, in_specs=workers.spec)
-                traced.trace(jax.ShapeDtypeStruct((64, 64 * 1000), jnp.float32))
+                traced.trace(jax.ShapeDtypeStruct((64, 64 * 1024), jnp.float32))
         return [str(w.message) for w in caught]
 
     primitives._warn_once.cache_clear()
     messages = trace()
     assert len(messages) == warns and trace() == []
     if warns:
-        # By hand: (48 + 63/16) parts of 1008 bytes; 2 x 63/64 x 4/16; 2 x 3 parts.
+        # By hand: (48 + 63/16) parts of 1032 bytes; 2 x 63/64 x 4/16; 2 x 3 parts.
         assert re.search(
             r"4 nodes of 16 devices.* 0\.82 bytes.* all-reduce, 0\.49\..* 0\.09: "
             r"Workers\.devices\(\(4, 16\)\)",

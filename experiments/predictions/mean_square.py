@@ -156,7 +156,7 @@ RATES = [
         ),
         8,
         4.0,
-        burn=60,
+        burn=200,
         quick=False,
     ),
     Setting(

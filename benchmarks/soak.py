@@ -196,7 +196,7 @@ def show(events: list[dict], facts: dict, console: Console) -> None:
 
 def main() -> None:
     """Run the reference and the soak, compare them, and write what happened."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Kill a run's processes")
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--workers", type=int, default=6)

@@ -100,7 +100,7 @@ def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
     ours.send_signal(signal.SIGINT)
     said, _ = ours.communicate(timeout=60)
     assert ours.returncode == 1 and "the same command continues" in said
-    assert "process 0 (workers 0 to 1, host" in said and "SIGKILL at step" in said
+    assert "process 0 (workers 0 to 1, host" in said and "killed by SIGKILL at" in said
     assert "continues after step" in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in again)
 

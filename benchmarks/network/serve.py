@@ -7,6 +7,7 @@ trains, ``{"case": name, "loss": true}`` evaluates.
 import importlib
 import json
 import sys
+import time
 
 from benchmarks.network import process
 from benchmarks.network.problem import Images
@@ -26,7 +27,9 @@ def main() -> None:
         if order.get("steps"):
             before = process.sent_bytes()
             steps = order["steps"] * trainer.steps_at_once
+            cpu = time.process_time()
             answer["seconds"] = trainer.steps(steps)
+            answer["cpu_seconds"] = (time.process_time() - cpu) / steps
             answer["bytes"] = (process.sent_bytes() - before) / steps
         if order.get("loss"):
             answer["loss"] = trainer.held_out_loss()

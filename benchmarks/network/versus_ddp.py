@@ -104,7 +104,10 @@ def measure(network: lab.Lab, cases: dict[str, list[str]], arguments, console) -
     with open(arguments.log, "w+b") as log:
         sides = {name: Side(network, name, log) for name in cases if cases[name]}
         turns = [(side, case) for side in sides for case in cases[side]]
-        found = {case: {"side": s, "step_ms": [], "bytes": 0.0} for s, case in turns}
+        found: dict[str, dict] = {
+            case: {"side": side, "step_ms": [], "cpu_ms": [], "bytes": 0.0}
+            for side, case in turns
+        }
         for side, case in turns:
             sides[side].order(case, steps=WARM_UP)
             console.print(f"  {case}: warm", highlight=False)
@@ -114,6 +117,8 @@ def measure(network: lab.Lab, cases: dict[str, list[str]], arguments, console) -
                 seconds = [statistics.mean(a["seconds"]) for a in answers]
                 found[case]["step_ms"].append(1e3 * statistics.mean(seconds))
                 found[case]["bytes"] = statistics.mean(a["bytes"] for a in answers)
+                cpu = statistics.mean(a["cpu_seconds"] for a in answers)
+                found[case]["cpu_ms"].append(1e3 * cpu)
                 told = f"{case}: {found[case]['step_ms'][-1]:,.0f} ms a step"
                 console.print(f"  {repeat + 1}. {told}", highlight=False)
     return found
@@ -179,7 +184,7 @@ def show(facts: dict, console: Console) -> None:
     networks, target = facts["networks"], facts["target_loss"]
     title = f"step time in ms: median (min to max) of {facts['repeats']} repeats"
     table = Table(title=title)
-    for column in ("case", "MB sent", *networks, "steps to loss", *networks):
+    for column in ("case", "MB sent", "CPU ms", *networks, "steps to loss", *networks):
         table.add_column(column, justify="left" if column == "case" else "right")
     for cases in SIDES.values():
         for case in cases:
@@ -201,8 +206,14 @@ def show(facts: dict, console: Console) -> None:
                     else "-"
                 )
             sent = next(row["bytes"] for row in rows if row)
+            cpu = min(statistics.median(row["cpu_ms"]) for row in rows if row)
             table.add_row(
-                f"{case}", f"{sent / 1e6:.2f}", *times, str(needed or "-"), *ends
+                case,
+                f"{sent / 1e6:.2f}",
+                f"{cpu:,.0f}",
+                *times,
+                str(needed or "-"),
+                *ends,
             )
         table.add_section()
     console.print(table)

@@ -65,9 +65,10 @@ class Plan(NamedTuple):
         def join(parts):
             return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
+        # Apart: what makes the leaves, what joins them, what reads the vector.
         return tuple(
-            mark(join([jnp.ravel(values[index]) for index in bucket]))
-            for bucket in self.buckets
+            mark(join([mark(jnp.ravel(values[k]), f"/bucket{b}") for k in bucket]))
+            for b, bucket in enumerate(self.buckets)
         )
 
     def unpack(self, vectors: Sequence[jax.Array]) -> Any:

@@ -19,7 +19,7 @@ from jax.extend.core import Literal as Constant
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bagua_jax.marks import is_mark
+from bagua_jax.marks import group_of
 from bagua_jax.wire import WireCount, count
 from bagua_jax.workers import Workers
 
@@ -271,6 +271,8 @@ class _Traced:
         constants: dict[int, Any] = {}
         cuts: dict[int, tuple[int, ...]] = {}
 
+        named: dict[str, list[Any]] = {}  # values of marks of one group
+
         def cut(values) -> None:
             together = tuple(v for v in values if isinstance(v, int))
             cuts.update(dict.fromkeys(together, together))
@@ -304,9 +306,12 @@ class _Traced:
                     made = inline(inner.jaxpr, inner.consts, inputs, here)
                     if is_branch:
                         cut(made)
-                elif is_mark(eqn):
+                elif (group := group_of(eqn)) is not None:
                     made = reads
-                    cut(made)
+                    if group:
+                        named.setdefault(group, []).extend(made)
+                    else:
+                        cut(made)
                 else:
                     made = [new(v.aval) for v in eqn.outvars]
                     op = _Operation(eqn, tuple(reads), tuple(made), here)
@@ -327,6 +332,8 @@ class _Traced:
                 inputs[position] = number
         outputs = inline(self._jaxpr, [], arguments, ())
         outputs = [outputs[k] for k in self._results]
+        for group in named.values():
+            cut(group)
         for k, number in enumerate(inputs):
             if number < 0:  # an argument that the function does not read
                 inputs[k] = new(None)
@@ -514,7 +521,10 @@ def _is_exchange(eqn: Any) -> bool:
 
 
 def _is_cut_inside(eqn: Any) -> bool:
-    return any(is_mark(e) or _is_exchange(e) or _is_cut_inside(e) for e in _inner(eqn))
+    return any(
+        group_of(e) is not None or _is_exchange(e) or _is_cut_inside(e)
+        for e in _inner(eqn)
+    )
 
 
 def _inner(eqn: Any) -> list[Any]:

@@ -69,7 +69,7 @@ def find() -> Place | None:
         return Place(index, count, "launch", 1)
     if {"MPI_LOCALNRANKS", "OMPI_COMM_WORLD_SIZE"} & set(os.environ):
         try:
-            from mpi4py import MPI
+            from mpi4py import MPI  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(
                 "processes.start: mpiexec started this process, and mpi4py, through "

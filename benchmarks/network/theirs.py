@@ -1,5 +1,8 @@
 """PyTorch DDP's side: a worker that trains as it is told; see `versus_ddp`."""
 
+# PyTorch is the peer that is measured; nothing else needs it.
+# pyright: reportMissingImports=false
+
 import os
 import time
 from typing import Any

@@ -124,7 +124,7 @@ effort: dict[str, Any] = {
     "n": n,
     "d": 16,
     "steps": studies.choose(150, 70),
-    "populations": 4,
+    "populations": studies.choose(16, 4),
 }
 effort |= {"replicas": studies.choose(128, 48), "burn": studies.choose(90, 40)}
 effort |= {"curvature": 0.0, "conserved": True}

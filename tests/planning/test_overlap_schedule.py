@@ -5,8 +5,12 @@ prediction of XLA's cost model, repeatable, and no time that a GPU took.
 """
 
 import importlib.util
+import re
+from collections import Counter
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from bagua_jax import planning
@@ -16,13 +20,18 @@ FLAT, NODES = planning.Cluster.parse("8:h100"), planning.Cluster.parse("16x8:h10
 
 
 @pytest.fixture(scope="module")
-def predict():
-    pytest.importorskip("jax_cuda13_plugin", reason="bagua-jax[plan] is not installed")
+def benchmark():
     spec = importlib.util.spec_from_file_location("overlap_benchmark", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.predict
+    return module
+
+
+@pytest.fixture(scope="module")
+def predict(benchmark):
+    pytest.importorskip("jax_cuda13_plugin", reason="bagua-jax[plan] is not installed")
+    return benchmark.predict
 
 
 def test_all_buckets_but_the_last_are_hidden(predict):
@@ -46,3 +55,26 @@ def test_hierarchy_and_tie_are_faster_than_all_reduce(predict):
         assert b["end_us"] < a["end_us"]
         assert b["end_us"] < 1.05 * best
         assert b["mb_between"] < a["mb_between"] / 4
+
+
+def test_ring_averages_over_nodes_and_devices(benchmark):
+    nodes, local, size = 4, 2, 1003  # neither divides the vector
+    x = np.random.default_rng(0).standard_normal((nodes, local, size), np.float32)
+    ring = lambda v: benchmark.ring_mean(v, ("node", "local"))  # noqa: E731
+    for axis in ("local", "node"):
+        ring = jax.vmap(ring, axis_name=axis)
+    mean = np.asarray(jax.jit(ring)(x))
+    assert (mean == mean[0, 0]).all()
+    # A sum of up to n nodes is rounded n times, each time by at most a step of its own
+    # range, which is below twice that of the whole sum; and the mean is an n-th of it.
+    step = 2 * np.ptp(x.mean(1).sum(0)) / 255
+    error = np.abs(mean[0, 0] - x.mean((0, 1)))
+    assert 0 < error.max() < nodes * step / nodes
+
+
+def test_annotations_pair_collectives_with_products_of_the_layer_below(benchmark):
+    form = benchmark.Form.parse("tie-u8-hier-note")
+    text = benchmark.lowered(form, NODES, 2, 64, "1x8").as_text()
+    groups = Counter(re.findall(r'_scheduling_group_id = "(\d)"', text))
+    # A reduce-scatter and two gathers of the upper layer, each with one product.
+    assert groups == {"0": 2, "1": 2, "2": 2}

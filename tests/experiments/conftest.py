@@ -78,5 +78,6 @@ class Lab:
 def lab(tmp_path, capsys, monkeypatch, devices) -> Lab:
     del devices  # started: a command in this process does not choose their number
     own, figures = Lab(tmp_path, capsys), report._figures
+    monkeypatch.setenv("COLUMNS", "120")  # tables do not depend on who runs the tests
     monkeypatch.setattr(report, "_figures", lambda *a: figures(*a) if own.draws else [])
     return own

@@ -228,7 +228,8 @@ class _Traced:
         self._values = [
             v.val if isinstance(v, Constant) else known.get(v) for v in mapped.invars
         ]
-        self._results = [mapped.outvars.index(v) for v in closed.jaxpr.outvars]
+        made: list[Any] = list(mapped.outvars)
+        self._results = [made.index(v) for v in closed.jaxpr.outvars]
         self._num_inputs = len(closed.jaxpr.invars)
         self._flat: dict[tuple, _Flat] = {}
         self._plans: dict[tuple, tuple[Part, ...]] = {}

@@ -19,7 +19,7 @@ class Case(NamedTuple):
 BUCKETS = {"bucket_bytes": 4 * 2**20}  # a layer each
 HALF = {"compressor": "float16", "error_feedback": "none", **BUCKETS}
 CASES = {
-    "gradient_allreduce": Case("gradient_allreduce"),
+    "gradient_allreduce": Case("gradient_allreduce", BUCKETS),
     "f16": Case("compressed_mean", HALF),
     "bytegrad": Case("bytegrad", BUCKETS),
     "qadam": Case("qadam", {"warmup_steps": 6, **BUCKETS}),

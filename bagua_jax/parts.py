@@ -8,6 +8,7 @@ all workers, while the step's other parts compute: that of the last layers' grad
 overlaps the rest of the backward pass. The arithmetic, and so the result, is unchanged.
 """
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from jax.extend.core import Literal as Constant
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bagua_jax.checks import require_at_least
 from bagua_jax.marks import group_of
 from bagua_jax.wire import WireCount, count
 from bagua_jax.workers import Workers
@@ -68,7 +70,13 @@ class _Flat(NamedTuple):
     cuts: dict[int, tuple[int, ...]]  # values that end a program, and with which others
 
 
-def split(workers: Workers, fn: Callable[..., Any], in_specs: Any = _SAME) -> "Split":
+def split(
+    workers: Workers,
+    fn: Callable[..., Any],
+    in_specs: Any = _SAME,
+    *,
+    message_bytes: int | None = None,
+) -> "Split":
     """Compile a per-worker function as several programs that overlap.
 
     A drop-in for ``workers.spmd(fn, in_specs)``, for workers on devices. Worth its
@@ -87,17 +95,21 @@ def split(workers: Workers, fn: Callable[..., Any], in_specs: Any = _SAME) -> "S
         workers: on devices, one device a worker.
         fn: per-worker function of positional arguments, as for ``Workers.spmd``.
         in_specs: as for ``Workers.spmd``.
+        message_bytes: most that a worker sends to one other at once in an all-to-all,
+            in bytes; a longer one goes in rounds. ``None``: everything at once, which
+            is best where switches do not drop. All n-1 others send to a worker at once,
+            so that (n-1) message_bytes should fit into the queue of a switch's port.
 
     Returns:
         A function of the boundary's arrays, which waits for its results.
 
     Raises:
-        ValueError: if workers are simulated or are groups of devices; when called, as
-            ``Workers.spmd``.
+        ValueError: if workers are simulated or are groups of devices, or message_bytes
+            is less than 1; when called, as ``Workers.spmd``.
 
     Communication:
         What the function communicates; but psums that XLA would combine stay separate
-        messages.
+        messages, and an all-to-all may go in rounds.
 
     Differences from one program:
         None in the arithmetic that the function states. Results are equal bit for bit
@@ -123,14 +135,17 @@ def split(workers: Workers, fn: Callable[..., Any], in_specs: Any = _SAME) -> "S
             f"{'simulated workers' if mesh is None else mesh}. Use Workers.devices(), "
             "or Workers.spmd, which compiles one program."
         )
-    return Split(workers, fn, in_specs)
+    if message_bytes is not None:
+        require_at_least("parts.split", "message_bytes", message_bytes, 1, "Or None.")
+    return Split(workers, fn, in_specs, message_bytes)
 
 
 class Split:
     """A step in several programs; see :func:`split`."""
 
-    def __init__(self, workers: Workers, fn: Callable[..., Any], in_specs: Any):
+    def __init__(self, workers: Workers, fn, in_specs, message_bytes: int | None):
         self._workers, self._fn, self._in_specs = workers, fn, in_specs
+        self._message_bytes = message_bytes
         self._traced: dict[Any, _Traced] = {}
         mesh = workers.mesh
         assert isinstance(mesh, Mesh)
@@ -186,7 +201,9 @@ class Split:
             tuple((np.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves),
         )
         if key not in self._traced:
-            self._traced[key] = _Traced(self._workers, self._fn, self._in_specs, args)
+            self._traced[key] = _Traced(
+                self._workers, self._fn, self._in_specs, self._message_bytes, args
+            )
         traced = self._traced[key]
         return *traced.plan(leaves), traced.out_structure
 
@@ -208,8 +225,8 @@ def _ready(value: Any) -> Any:
 class _Traced:
     """A function traced for arguments of one kind, and its plans by branches taken."""
 
-    def __init__(self, workers: Workers, fn, in_specs, args):
-        self._workers = workers
+    def __init__(self, workers: Workers, fn, in_specs, message_bytes, args):
+        self._workers, self._message_bytes = workers, message_bytes
         specs = workers._flat_specs(args, in_specs, "parts.split")
         out_specs = workers._trace(fn, args, specs)
         outer = jax.make_jaxpr(
@@ -455,7 +472,8 @@ class _Traced:
             for k in body:
                 op = flat.operations[k]
                 inputs = [env[v] if isinstance(v, int) else v.val for v in op.reads]
-                env.update(zip(op.makes, _evaluate(op.equation, inputs), strict=True))
+                made = _evaluate(op.equation, inputs, self._message_bytes)
+                env.update(zip(op.makes, made, strict=True))
             return [env[v][None] if is_stacked(v) else env[v] for v in makes]
 
         mapped = jax.shard_map(
@@ -480,12 +498,41 @@ class _Traced:
         )
 
 
-def _evaluate(eqn: Any, inputs: list[Any]) -> list[Any]:
+def _evaluate(eqn: Any, inputs: list[Any], message_bytes: int | None) -> list[Any]:
     """Run one equation again, under the names that it was traced with."""
     params = eqn.primitive.get_bind_params(eqn.params)
+    bind = functools.partial(eqn.primitive.bind, **params)
+    is_rows = (params.get("split_axis"), params.get("concat_axis")) == (0, 0)
     with jax.named_scope(str(eqn.source_info.name_stack)), eqn.ctx.manager:
-        out = eqn.primitive.bind(*inputs, **params)
+        if message_bytes and is_rows and eqn.primitive.name == "all_to_all":
+            groups = params["axis_index_groups"]
+            n = len(groups[0]) if groups else jax.lax.axis_size(params["axis_name"])
+            return [_in_rounds(bind, *inputs, n, message_bytes)]
+        out = bind(*inputs)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _in_rounds(all_to_all, x: jax.Array, n: int, message_bytes: int) -> jax.Array:
+    """Exchange rows [n, ...] some columns at a time: one round ends, the next begins."""
+    rows = x.reshape(x.shape[0], -1)
+    columns = rows.shape[1]
+    bytes_to_one = x.size * x.dtype.itemsize // n
+    rounds = min(columns, -(-bytes_to_one // message_bytes))
+    if rounds < 2:
+        return all_to_all(x)
+    width, out = columns // rounds, rows
+
+    def one_round(k, out):
+        part = jax.lax.dynamic_slice_in_dim(rows, k * width, width, 1)
+        return jax.lax.dynamic_update_slice_in_dim(out, all_to_all(part), k * width, 1)
+
+    out = jax.lax.fori_loop(0, rounds, one_round, out)
+    if rounds * width < columns:  # less than a column for each round is left
+        rest = rows[:, rounds * width :]
+        out = jax.lax.dynamic_update_slice_in_dim(
+            out, all_to_all(rest), rounds * width, 1
+        )
+    return out.reshape(x.shape)
 
 
 def _ancestors(ops, maker, values, done: Collection[int] = ()) -> list[int]:

@@ -242,6 +242,7 @@ class Lab:
             "WORKER": str(worker),
             "WORKERS": str(self.n),
             "COORDINATOR": f"{self.address(0)}:29500",
+            "NETWORK": self.network.name,
         }
         hosts = f"{self._folder}/hosts{worker}"
         bind = 'mount --bind "$0" /etc/hosts && exec "$@"'

@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["connect_jax", "global_array", "sent_bytes", "worker", "workers"]
+__all__ = ["connect_jax", "global_array", "network", "sent_bytes", "worker", "workers"]
 
 
 def worker() -> int:
@@ -15,6 +15,11 @@ def worker() -> int:
 def workers() -> int:
     """Give the number of workers."""
     return int(os.environ["WORKERS"])
+
+
+def network() -> str:
+    """Give the name of the lab's network."""
+    return os.environ["NETWORK"]
 
 
 def connect_jax() -> None:

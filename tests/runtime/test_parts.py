@@ -64,11 +64,16 @@ def raw(x):
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_same_numbers_and_bytes_as_one_program(name):
+IN_ROUNDS = [(name, 10) for name in ("f16", "bytegrad", "qadam")]  # of all-to-alls
+
+
+@pytest.mark.parametrize(
+    ("name", "message_bytes"), [*((name, None) for name in CASES), *IN_ROUNDS]
+)
+def test_same_numbers_and_bytes_as_one_program(name, message_bytes):
     workers, state, step, specs = prepare(name)
     one = workers.spmd(step, in_specs=specs)
-    many = parts.split(workers, step, in_specs=specs)
+    many = parts.split(workers, step, in_specs=specs, message_bytes=message_bytes)
     expected, got, sent = state, state, []
     for t in range(STEPS):
         if t >= STEPS - 2:  # a whole period
@@ -124,6 +129,30 @@ def test_thread_runs_exchanges_where_the_process_has_one_device():
         np.testing.assert_array_equal(a, b)
     kinds = [part.kind for part in many.parts(x, y)]
     assert kinds.count("exchange") == 2
+
+
+@pytest.mark.parametrize("shape", [(N, 3, 7), (N, 16), (N, 5), (N, 1), (2 * N, 4)])
+@pytest.mark.parametrize("message_bytes", [1, 4, 20, 32, 33, 10**6])
+def test_rounds_of_an_all_to_all_bring_every_column_once(shape, message_bytes):
+    workers = Workers.devices(N)
+
+    def step(x):
+        return jax.lax.all_to_all(x, "workers", 0, 0, tiled=True)
+
+    x = np.random.default_rng(0).standard_normal((N, *shape)).astype(np.float32)
+    many = parts.split(workers, step, workers.spec, message_bytes=message_bytes)
+    expected = workers.spmd(step, workers.spec)(x)
+    np.testing.assert_array_equal(many(x), expected)
+    counted = many.count(x)
+    assert counted.bytes_per_worker == x[0].nbytes * (N - 1) / N
+    largest = max(c.bytes_sent for c in counted.collectives) / (N - 1)
+    column = x.itemsize * shape[0] // N
+    assert largest <= max(message_bytes, column)
+
+
+def test_bytes_of_a_message_are_checked():
+    with pytest.raises(ValueError, match="message_bytes must be an integer >= 1"):
+        parts.split(Workers.devices(N), lambda x: x, message_bytes=0)
 
 
 def test_failure_of_an_exchange_reaches_the_caller():

@@ -46,7 +46,9 @@ __all__ = [
 
 
 class Diverged(RunError):
-    """A worker's loss is not finite: it leaves, and the others go on without it."""
+    """A worker's loss is not finite: it leaves. ``on_nan`` says what the others do."""
+
+    status = 3  # of the worker's process: by it the others' is decided
 
 
 class Setting(NamedTuple):
@@ -85,6 +87,15 @@ def require_suitable(config: ExperimentConfig, setting: Setting) -> None:
             f"algorithms.{algorithm.label}: rounds exchange models, and "
             f"{algorithm.name} exchanges gradients of one step, which all would have "
             f"to wait for. These exchange models: {', '.join(names)}."
+        )
+    if config.on_nan == "skip":
+        raise ConfigError(
+            "on_nan: skip is for steps that all workers take together. Workers that "
+            "wait for nobody have stop, and in pairs drop."
+        )
+    if config.on_nan == "drop" and setting.exchange == "rounds":
+        raise ConfigError(
+            "on_nan: drop needs --exchange pairs: rounds end when a worker leaves."
         )
     if setting.exchange == "rounds" and setting.compressor:
         raise ConfigError(

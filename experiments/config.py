@@ -186,9 +186,10 @@ class ExperimentConfig:
     check_replicas_every: int = 50
     """Steps between comparisons of what all workers hold alike; one that differs stops
     the run."""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """What a worker whose loss or gradient is not finite makes: the run stops, or all
-    workers skip the step (one small all-reduce more)."""
+    on_nan: Literal["stop", "skip", "drop"] = "stop"
+    """What a worker whose loss or gradient is not finite makes: the run stops; all
+    workers skip the step (one small all-reduce more); or, where workers wait for nobody
+    (`async --exchange pairs`), that worker is dropped and the others go on."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     output: str = "runs"
@@ -202,7 +203,7 @@ class ExperimentConfig:
         _require_file_name("experiment", self.experiment)
         _require_choice("where", self.where, ("simulate", "devices", "processes"))
         _require_choice("sharding", self.sharding, ("iid", "label"))
-        _require_choice("on_nan", self.on_nan, ("stop", "skip"))
+        _require_choice("on_nan", self.on_nan, ("stop", "skip", "drop"))
         _require_positive(
             workers=self.workers,
             steps=self.steps,

@@ -129,6 +129,11 @@ def functions(
         ``params -> state`` and ``(state, batch) -> state, loss``, per-worker functions
         for ``Workers.specs`` and ``Workers.spmd``; the batch has leaves [B, ...].
     """
+    if config.on_nan == "drop":
+        raise ConfigError(
+            "on_nan: drop is for workers that wait for nobody, of bagua-jax async "
+            "--exchange pairs; here every step needs all of them. Use stop or skip."
+        )
     tx = catalog.transform(config, axis_name)
     stacked = REGISTRY[config.algorithms[0].name].own_params
 

@@ -22,14 +22,22 @@ def network() -> str:
     return os.environ["NETWORK"]
 
 
-def connect_jax() -> None:
-    """Join this process to the others by jax.distributed, on CPU over gloo."""
+def connect_jax(threads: int | None = None, port: int = 0) -> None:
+    """Join this process to the others by jax.distributed, on CPU over gloo.
+
+    Args:
+        threads: that compute; ``None`` for as many as there are cores.
+        port: of the coordinator, counted from the usual one.
+    """
+    if threads is not None:
+        os.environ["NPROC"] = str(threads)
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    host, usual = os.environ["COORDINATOR"].split(":")
     jax.distributed.initialize(
-        os.environ["COORDINATOR"], workers(), worker(), initialization_timeout=120
+        f"{host}:{int(usual) + port}", workers(), worker(), initialization_timeout=120
     )
 
 

@@ -28,13 +28,17 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.network import lab, machine, ours, problem, theirs
+from benchmarks.network import asynchronous, lab, machine, ours, problem, theirs
 
 N, WARM_UP, PERIOD = 4, 8, 8  # warm-up: past compilation, QAdam's and post-local's
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "versus_ddp.json"
 FIGURE = ROOT / "docs" / "figures" / "versus_ddp.png"
-SIDES = {"ours": ours.CASES, "theirs": theirs.CASES}
+SIDES = {
+    "ours": ours.CASES,
+    "asynchronous": asynchronous.CASES,
+    "theirs": theirs.CASES,
+}
 
 
 class Pair(NamedTuple):
@@ -292,8 +296,7 @@ def main() -> int:
     if arguments.steps % PERIOD:
         parser.error(f"--steps must be a multiple of {PERIOD}, the longest period.")
     lab.enter()
-    # Four workers on few cores: one computing thread each, PyTorch's and XLA's.
-    os.environ["OMP_NUM_THREADS"] = os.environ["NPROC"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # four workers on few cores
 
     console, start = Console(width=150), time.monotonic()
     cases = {s: [c for c in SIDES[s] if c in arguments.cases] for s in SIDES}

@@ -195,6 +195,7 @@ def _die_with(parent: int) -> None:
 def _train(command: Async, run: ExperimentConfig, setting, folder: Path, console):
     """Start the workers, and those of pairs again that were killed."""
     from bagua_jax.experiments import folders
+    from bagua_jax.experiments.asynchronous import Diverged
     from bagua_jax.experiments.progress import progress
 
     (folder / "config.yaml").write_text(configs.dump(run))
@@ -236,6 +237,11 @@ def _train(command: Async, run: ExperimentConfig, setting, folder: Path, console
                         finished = True
                     elif command.exchange == "rounds":
                         raise RunError(_epitaph(worker, status, folder))
+                    elif status == Diverged.status and run.on_nan == "stop":
+                        raise RunError(
+                            f"{_epitaph(worker, status, folder)} With on_nan: drop "
+                            "the others would go on."
+                        )
                     elif status < 0 and left and not finished:
                         left -= 1
                         console.print(

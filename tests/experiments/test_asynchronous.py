@@ -82,3 +82,44 @@ def test_a_worker_whose_loss_is_not_finite_leaves(tmp_path):
         recorder.step(1, 0.5, {"x": np.ones(2)})
         with pytest.raises(RunError, match=why):
             recorder.step(2, math.nan, {"x": np.ones(2)})
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("stop", 1), ("drop", 0)])
+def test_policy_for_a_worker_that_is_not_finite(
+    run_async, monkeypatch, tmp_path, policy, expected
+):
+    # Workers are processes: worker 1's batch is spoiled where Python starts.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if '--worker 1' in ' '.join(sys.orig_argv):\n"
+        "    import numpy as np\n"
+        "    from bagua_jax.experiments.data import Shards\n"
+        "    deal = Shards.deal.__func__\n"
+        "    def spoiled(cls, data, *rest):\n"
+        "        shards = deal(cls, data, *rest)\n"
+        "        spoil = {k: np.full_like(v, np.nan) for k, v in shards.train.items()}\n"
+        "        return shards._replace(train=spoil)\n"
+        "    Shards.deal = classmethod(spoiled)\n"
+    )
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}")
+    flags = ("--exchange", "pairs", "--pace", "0.004", "0.004")
+    status, out, err, _ = run_async(*flags, on_nan=policy)
+    said = " ".join((out + err).split())
+    assert status == expected, said
+    assert "worker 1: the training loss is nan on step 1" in said
+    assert ("With on_nan: drop" in said) == (policy == "stop")
+    assert ("The others go on" in said) == (policy == "drop")
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags", "why"),
+    [
+        ("skip", ("--exchange", "pairs"), "skip is for steps that all workers take"),
+        ("drop", (), "drop needs --exchange pairs"),
+    ],
+)
+def test_policies_that_do_not_fit_are_refused(run_async, policy, flags, why):
+    algorithm = {"name": "local_sgd", "local_steps": 1}
+    status, _, err, _ = run_async(*flags, algorithms=[algorithm], on_nan=policy)
+    assert status == 2 and why in " ".join(err.split())

@@ -64,6 +64,11 @@ def test_a_run_that_only_skips_is_stopped(lab, monkeypatch):
     assert status == 1 and "11 steps in a row were skipped" in err
 
 
+def test_synchronous_workers_are_not_dropped(lab):
+    status, _, err = lab.run("--on-nan", "drop")
+    assert status == 2 and "on_nan: drop is for workers that wait for nobody" in err
+
+
 def test_a_replica_that_drifts_is_named():
     workers = Workers.devices(4)
     sharding = NamedSharding(workers.mesh, P())

@@ -513,7 +513,7 @@ def _evaluate(eqn: Any, inputs: list[Any], message_bytes: int | None) -> list[An
 
 
 def _in_rounds(all_to_all, x: jax.Array, n: int, message_bytes: int) -> jax.Array:
-    """Exchange rows [n, ...] some columns at a time: one round ends, the next begins."""
+    """Exchange rows [n, ...] some columns at a time, round after round."""
     rows = x.reshape(x.shape[0], -1)
     columns = rows.shape[1]
     bytes_to_one = x.size * x.dtype.itemsize // n

@@ -97,8 +97,8 @@ def test_policy_for_a_worker_that_is_not_finite(
         "    deal = Shards.deal.__func__\n"
         "    def spoiled(cls, data, *rest):\n"
         "        shards = deal(cls, data, *rest)\n"
-        "        spoil = {k: np.full_like(v, np.nan) for k, v in shards.train.items()}\n"
-        "        return shards._replace(train=spoil)\n"
+        "        nan = {k: v * np.nan for k, v in shards.train.items()}\n"
+        "        return shards._replace(train=nan)\n"
         "    Shards.deal = classmethod(spoiled)\n"
     )
     root = Path(__file__).parents[2]

@@ -507,7 +507,7 @@ def _evaluate(eqn: Any, inputs: list[Any], message_bytes: int | None) -> list[An
         if message_bytes and is_rows and eqn.primitive.name == "all_to_all":
             groups = params["axis_index_groups"]
             n = len(groups[0]) if groups else jax.lax.axis_size(params["axis_name"])
-            return [_in_rounds(bind, *inputs, n, message_bytes)]
+            return [_in_rounds(bind, inputs[0], n, message_bytes)]
         out = bind(*inputs)
     return list(out) if eqn.primitive.multiple_results else [out]
 

@@ -17,6 +17,7 @@ status 77 if namespaces are not allowed here.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -130,7 +131,7 @@ def measure(network: lab.Lab, cases: dict[str, list[str]], arguments, console) -
 
 def curves(network: lab.Lab, cases: dict[str, list[str]], arguments, console) -> dict:
     """Train every case once; give the held-out loss every ten steps."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, list[tuple[int, float | None]]] = {}  # None: not finite
     with open(arguments.log, "w+b") as log:
         sides = {name: Side(network, name, log) for name in cases if cases[name]}
         for name, side in sides.items():
@@ -141,12 +142,12 @@ def curves(network: lab.Lab, cases: dict[str, list[str]], arguments, console) ->
                 # The same numbers once more: as many steps as show that they are.
                 steps = 20 if "one program" in case else arguments.curve_steps
                 for step in range(10, steps + 1, 10):
-                    answer = side.order(case, steps=10, loss=True)[0]
-                    losses.append((step, answer["loss"]))
+                    loss = side.order(case, steps=10, loss=True)[0]["loss"]
+                    losses.append((step, loss if math.isfinite(loss) else None))
                 side.order(case, forget=True)
                 found[case] = losses
                 console.print(
-                    f"  {case}: loss {losses[-1][1]:.3f} after {losses[-1][0]} steps",
+                    f"  {case}: loss {_loss(losses)} after {losses[-1][0]} steps",
                     highlight=False,
                 )
     for case, losses in found.items():
@@ -157,8 +158,19 @@ def curves(network: lab.Lab, cases: dict[str, list[str]], arguments, console) ->
 
 
 def steps_to(losses: list, target: float) -> int | None:
-    """Find the first evaluated step whose loss is at most the target."""
+    """Find the first evaluated step whose loss is at most the target.
+
+    None where there is none, or where training diverges afterwards.
+    """
+    if any(loss is None for _, loss in losses):
+        return None
     return next((step for step, loss in losses if loss <= target), None)
+
+
+def _loss(losses: list) -> str:
+    if not losses:
+        return "-"
+    return "diverged" if losses[-1][1] is None else f"{losses[-1][1]:.3f}"
 
 
 # --- what is shown --------------------------------------------------------------------
@@ -188,7 +200,8 @@ def show(facts: dict, console: Console) -> None:
     networks, target = facts["networks"], facts["target_loss"]
     title = f"step time in ms: median (min to max) of {facts['repeats']} repeats"
     table = Table(title=title)
-    for column in ("case", "MB sent", "CPU ms", *networks, "steps to loss", *networks):
+    loss = ("last loss", f"steps to {target}", *networks)
+    for column in ("case", "MB sent", "CPU ms", *networks, *loss):
         table.add_column(column, justify="left" if column == "case" else "right")
     for cases in SIDES.values():
         for case in cases:
@@ -216,6 +229,7 @@ def show(facts: dict, console: Console) -> None:
                 f"{sent / 1e6:.2f}",
                 f"{cpu:,.0f}",
                 *times,
+                _loss(facts["curves"].get(case, [])),
                 str(needed or "-"),
                 *ends,
             )

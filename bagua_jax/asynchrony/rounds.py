@@ -1,5 +1,6 @@
 """Rounds: a thread exchanges models over collectives while the worker trains."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -106,7 +107,8 @@ class Rounds:
         timeout_s: how long a worker that has finished waits for a round to end.
 
     Raises:
-        ValueError: if a process has several of the workers' devices.
+        ValueError: if a process has several of the workers' devices, or XLA a single
+            thread on CPU.
 
     Example:
         In every process, after ``jax.distributed.initialize``::
@@ -136,6 +138,13 @@ class Rounds:
                 "Rounds: every process must have one of the workers' devices, and this "
                 f"one has {len(places)}. Start as many processes as workers with one "
                 "device each, and use Workers.devices()."
+            )
+        threads = _xla_threads()
+        if threads < 2 and jax.default_backend() == "cpu":
+            raise ValueError(
+                "Rounds: an exchange holds one of XLA's threads while local steps need "
+                f"another, and on this CPU XLA has {threads}: both would wait forever. "
+                "Set the environment variable NPROC=2 before JAX starts."
             )
         self.worker = places[0]
         self._replica, self._workers, self._log = replica, workers, log
@@ -220,3 +229,12 @@ class Rounds:
             ),
             tree,
         )
+
+
+def _xla_threads() -> int:
+    """Count the threads of XLA's pool on CPU."""
+    if "NPROC" in os.environ:
+        return int(os.environ["NPROC"])
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -119,6 +119,12 @@ def test_what_the_thread_dies_of_is_raised_by_the_next_step(tmp_path):
             replica.step(no_step)
 
 
+def test_a_single_thread_of_xla_is_refused(monkeypatch):
+    monkeypatch.setenv("NPROC", "1")
+    with pytest.raises(ValueError, match=r"XLA has 1: .* Set .* NPROC=2"):
+        alone()
+
+
 def test_a_round_that_does_not_end_is_reported_with_its_number():
     never = threading.Event()
     replica, rounds = alone(timeout_s=0.2)

@@ -461,12 +461,15 @@ class _Traced:
         def spec(v) -> P:
             return self._workers.spec if varies(v) else P()
 
-        def is_stacked(v) -> bool:  # the step's own arguments and results are already
-            return varies(v) and v not in whole
+        # Between parts, workers' values are joined along their first axis: an axis of
+        # workers would be a reshape, which XLA fuses with a concatenation into a loop
+        # over single elements. The step's own arguments and results have that axis.
+        def is_scalar(v) -> bool:
+            return varies(v) and v not in whole and not flat.types[v].shape
 
         def program(*values):
             env = {
-                v: x[0] if is_stacked(v) else x
+                v: x[0] if is_scalar(v) else x
                 for v, x in zip(reads, values, strict=True)
             }
             for k in body:
@@ -474,7 +477,7 @@ class _Traced:
                 inputs = [env[v] if isinstance(v, int) else v.val for v in op.reads]
                 made = _evaluate(op.equation, inputs, self._message_bytes)
                 env.update(zip(op.makes, made, strict=True))
-            return [env[v][None] if is_stacked(v) else env[v] for v in makes]
+            return [env[v][None] if is_scalar(v) else env[v] for v in makes]
 
         mapped = jax.shard_map(
             program,
@@ -487,7 +490,7 @@ class _Traced:
         def struct(v) -> jax.ShapeDtypeStruct:
             shape, dtype = flat.types[v].shape, flat.types[v].dtype
             if varies(v):
-                shape = (n, *(shape[1:] if v in whole else shape))
+                shape = (n * shape[0], *shape[1:]) if shape else (n,)
             return jax.ShapeDtypeStruct(
                 shape, dtype, sharding=NamedSharding(mesh, spec(v))
             )

@@ -19,8 +19,12 @@ class Case(NamedTuple):
 BUCKETS = {"bucket_bytes": 6 * 2**20}  # three
 # What an all-to-all sends to one worker at once, where three such messages overflow the
 # queue of the switch: at 100 Mbit/s its 40 ms are 500 KB.
-MESSAGE_BYTES = {"100mbit": 2**16, "100mbit-10ms": 2**16}
-HALF = {"compressor": "float16", "error_feedback": "none", **BUCKETS}
+MESSAGE_BYTES = {"100mbit": 2**16}
+HALF = {
+    "compressor": "float16",
+    "error_feedback": "none",
+    "bucket_bytes": 4 * 2**20,
+}
 CASES = {
     "gradient_allreduce": Case("gradient_allreduce"),
     "f16": Case("compressed_mean", HALF),
@@ -33,6 +37,10 @@ CASES = {
     "powersgd2": Case("powersgd", {"rank": 2}),
     "powersgd4": Case("powersgd", {"rank": 4}),
 }
+# QAdam's losses are those of a longer warm-up, of steps in full precision, than a
+# measurement of step times would wait for.
+LOSSES, LONG_WARM_UP = {"qadam": "qadam, long warm-up"}, 50
+CASES[LOSSES["qadam"]] = Case("qadam", {"warmup_steps": LONG_WARM_UP, **BUCKETS})
 CASES |= {
     f"{name}, one program": CASES[name]._replace(split=False)
     for name in ("gradient_allreduce", "f16", "bytegrad", "powersgd1")

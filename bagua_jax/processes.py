@@ -23,6 +23,7 @@ __all__ = [
     "find",
     "from_first",
     "hosts",
+    "initialize",
     "is_first",
     "leave",
     "listening_address",
@@ -198,9 +199,51 @@ def start(num_workers: int, *, heartbeat_seconds: int = 10) -> Place:
             "cluster_detection_method": place.launcher,
             "coordinator_bind_address": f"{host}:{port}",
         }
-    jax.distributed.initialize(**options)
+    initialize(**options)
     _joined.append(place)
     return place
+
+
+def initialize(**options: Any) -> None:
+    """Call ``jax.distributed.initialize``; on CPUs without JAX's compilation cache.
+
+    XLA runs the collectives of a CPU program in the same order in every process, but in
+    any order where a program was read from the cache and one of them stands in a branch
+    (jaxlib 0.10.2): gloo then adds what does not belong together, or aborts.
+
+    Args:
+        **options: of ``jax.distributed.initialize``.
+
+    Example, in each of two processes that know their number:
+
+        bagua_jax.processes.initialize(
+            coordinator_address="10.0.0.1:9000", num_processes=2, process_id=index
+        )
+    """
+    jax.distributed.initialize(**options)
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def require_own_programs(caller: str) -> None:
+    """Refuse the cache that :func:`initialize` turns off.
+
+    Args:
+        caller: named in the error.
+
+    Raises:
+        ValueError: if processes are joined on CPUs, and JAX's compilation cache is on.
+    """
+    config = jax.config
+    folder = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
+    if folder and jax.distributed.is_initialized() and jax.default_backend() == "cpu":
+        raise ValueError(
+            f"{caller}: on CPUs, programs of several processes must not come from JAX's "
+            f"compilation cache, which is on ({folder}): read from there, they can run "
+            "their collectives in another order than other processes do. Join them by "
+            "bagua_jax.processes.initialize, which turns it off, or set the environment "
+            "variable JAX_ENABLE_COMPILATION_CACHE=false."
+        )
 
 
 def leave(status: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bagua_jax import processes
 from bagua_jax.primitives import AxisName, on_nodes, varying_axes, worker_local
 
 __all__ = ["Workers", "make_mesh"]
@@ -119,8 +120,10 @@ class Workers:
                 arrays as they were placed (see :func:`bagua_jax.sharded`).
 
         Raises:
-            ValueError: if there are fewer devices than needed, or axes of one name.
+            ValueError: if there are fewer devices than needed, or axes of one name, or
+                processes are joined on CPUs with JAX's compilation cache on.
         """
+        processes.require_own_programs("Workers.devices")
         shards = dict(shards or {})
         if n is None:
             n = len(jax.devices() if devices is None else devices)

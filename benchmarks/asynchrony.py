@@ -130,7 +130,15 @@ def work(arguments) -> None:
     if arguments.mode in ("synchronous", "rounds", "rounds-u8"):
         jax.config.update("jax_num_cpu_devices", 1)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(addresses[0], N, worker, initialization_timeout=120)
+
+        from bagua_jax import processes
+
+        processes.initialize(
+            coordinator_address=addresses[0],
+            num_processes=N,
+            process_id=worker,
+            initialization_timeout=120,
+        )
 
     from bagua_jax.experiments import asynchronous as runs
     from bagua_jax.experiments import tasks

@@ -36,8 +36,14 @@ def connect_jax(threads: int | None = None, port: int = 0) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     host, usual = os.environ["COORDINATOR"].split(":")
-    jax.distributed.initialize(
-        f"{host}:{int(usual) + port}", workers(), worker(), initialization_timeout=120
+
+    from bagua_jax import processes
+
+    processes.initialize(
+        coordinator_address=f"{host}:{int(usual) + port}",
+        num_processes=workers(),
+        process_id=worker(),
+        initialization_timeout=120,
     )
 
 

@@ -158,7 +158,12 @@ def _work(command: Async) -> int:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         processes.listening_address()  # refuses a public one for gloo
         first = command.addresses[0]
-        jax.distributed.initialize(first, n, worker, coordinator_bind_address=first)
+        processes.initialize(
+            coordinator_address=first,
+            num_processes=n,
+            process_id=worker,
+            coordinator_bind_address=first,
+        )
 
     from bagua_jax.experiments import asynchronous as runs
     from bagua_jax.experiments import catalog, tasks

@@ -12,8 +12,14 @@ def main(worker: int, n: int, port: int, folder: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        f"127.0.0.1:{port}", n, worker, initialization_timeout=60
+
+    from bagua_jax import processes
+
+    processes.initialize(
+        coordinator_address=f"127.0.0.1:{port}",
+        num_processes=n,
+        process_id=worker,
+        initialization_timeout=60,
     )
 
     from asynchrony.training import ALGORITHMS, Trainer, initial

@@ -238,11 +238,11 @@ def require_own_programs(caller: str) -> None:
     folder = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
     if folder and jax.distributed.is_initialized() and jax.default_backend() == "cpu":
         raise ValueError(
-            f"{caller}: on CPUs, programs of several processes must not come from JAX's "
-            f"compilation cache, which is on ({folder}): read from there, they can run "
-            "their collectives in another order than other processes do. Join them by "
-            "bagua_jax.processes.initialize, which turns it off, or set the environment "
-            "variable JAX_ENABLE_COMPILATION_CACHE=false."
+            f"{caller}: on CPUs, programs of several processes must not come from "
+            f"JAX's compilation cache, which is on ({folder}): read from there, they "
+            "can run their collectives in another order than other processes do. Join "
+            "them by bagua_jax.processes.initialize, which turns it off, or set the "
+            "environment variable JAX_ENABLE_COMPILATION_CACHE=false."
         )
 
 

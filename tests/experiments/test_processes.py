@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,6 +173,47 @@ def test_this_host_has_an_address_to_listen_on():
 
 
 # --- the supervisor, over programs of a line or two ---
+
+
+STORED = """
+import os, sys
+import jax
+from bagua_jax import Workers, processes
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+join = jax.distributed.initialize if sys.argv[1] == "jax" else processes.initialize
+join(coordinator_address=f"127.0.0.1:{sys.argv[2]}", num_processes=1, process_id=0)
+workers = Workers.devices()
+workers.spmd(lambda x: x + jax.lax.psum(x, "workers"), in_specs=workers.spec)(
+    jax.numpy.ones((2, 3))
+)
+print(sorted(os.listdir(os.environ["JAX_COMPILATION_CACHE_DIR"])))
+"""
+
+
+@pytest.mark.parametrize("join", ["jax", "ours"])
+def test_programs_of_joined_processes_are_not_stored(tmp_path, join):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ran = subprocess.run(
+        [sys.executable, "-c", STORED, join, port],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        },
+    )
+    if join == "ours":
+        assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
+    else:
+        assert ran.returncode == 1
+        assert "Workers.devices: on CPUs, programs of several" in ran.stderr
+        assert "JAX_ENABLE_COMPILATION_CACHE=false" in ran.stderr
 
 
 def watch(tmp_path, program: str, count: int = 2, **policy) -> int:

@@ -209,7 +209,7 @@ def initialize(**options: Any) -> None:
 
     XLA runs the collectives of a CPU program in the same order in every process, but in
     any order where a program was read from the cache and one of them stands in a branch
-    (jaxlib 0.10.2): gloo then adds what does not belong together, or aborts.
+    (jaxlib 0.10.2 and 0.12.0): gloo then adds what does not belong together, or aborts.
 
     Args:
         **options: of ``jax.distributed.initialize``.
@@ -221,8 +221,13 @@ def initialize(**options: Any) -> None:
         )
     """
     jax.distributed.initialize(**options)
-    if jax.default_backend() == "cpu":
+    if _uses_gloo():
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _uses_gloo() -> bool:
+    """Say whether collectives go over gloo: on CPUs, once processes are joined."""
+    return jax.distributed.is_initialized() and jax.default_backend() == "cpu"
 
 
 def require_own_programs(caller: str) -> None:
@@ -236,7 +241,7 @@ def require_own_programs(caller: str) -> None:
     """
     config = jax.config
     folder = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
-    if folder and jax.distributed.is_initialized() and jax.default_backend() == "cpu":
+    if folder and _uses_gloo():
         raise ValueError(
             f"{caller}: on CPUs, programs of several processes must not come from "
             f"JAX's compilation cache, which is on ({folder}): read from there, they "

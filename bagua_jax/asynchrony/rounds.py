@@ -92,9 +92,9 @@ class Rounds:
     """Let a weight-side algorithm mix models in the background of training.
 
     Every process makes one, with one worker on its one device, after
-    ``jax.distributed.initialize``. The rounds wait for one another; local steps wait
-    for nothing. While it is open its thread alone may issue collectives: two threads
-    that issue them in different orders wait for ever.
+    :func:`bagua_jax.processes.initialize`. The rounds wait for one another; local steps
+    wait for nothing. While it is open its thread alone may issue collectives: two
+    threads that issue them in different orders wait for ever.
 
     Args:
         replica: of this worker.
@@ -111,7 +111,7 @@ class Rounds:
             thread on CPU.
 
     Example:
-        In every process, after ``jax.distributed.initialize``::
+        In every process, after ``bagua_jax.processes.initialize``::
 
             workers = Workers.devices()
             tx = async_model_average(axis_name="workers", period=1)

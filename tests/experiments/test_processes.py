@@ -209,7 +209,8 @@ def test_programs_of_joined_processes_are_not_stored(tmp_path, join):
         },
     )
     if join == "ours":
-        assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines()[-1] == "[]"  # gloo says something, too
     else:
         assert ran.returncode == 1
         assert "Workers.devices: on CPUs, programs of several" in ran.stderr

@@ -239,9 +239,9 @@ def require_own_programs(caller: str) -> None:
     Raises:
         ValueError: if processes are joined on CPUs, and JAX's compilation cache is on.
     """
-    config = jax.config
-    folder = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
-    if folder and _uses_gloo():
+    is_on = jax.config.values["jax_enable_compilation_cache"]
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if is_on and folder and _uses_gloo():
         raise ValueError(
             f"{caller}: on CPUs, programs of several processes must not come from "
             f"JAX's compilation cache, which is on ({folder}): read from there, they "

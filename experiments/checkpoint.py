@@ -13,6 +13,7 @@ before it is read.
 
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,9 +98,19 @@ def save(
         state: tree of arrays.
         identity: of the run, JSON.
         keep: how many stay.
+
+    Raises:
+        OSError: if the disk is full, or cannot be written for another reason.
     """
-    with _manager(folder) as manager:
-        manager.save(step, args=ocp.args.StandardSave(pack(state)))
+    try:
+        with _manager(folder) as manager:
+            manager.save(step, args=ocp.args.StandardSave(pack(state)))
+    except ValueError as error:
+        system = re.search(r"([^:]+) \[os_error_code='\d+'\]", str(error))
+        if system is None:
+            raise
+        reason = system[1].strip()
+        raise OSError(_unwritten(folder, step, reason)) from error
     if not processes.is_first():
         return
     place = folder / str(step)
@@ -107,6 +118,17 @@ def save(
     for old in _steps(folder)[keep:]:
         (folder / str(old) / _SEAL).unlink(missing_ok=True)  # never half there
         shutil.rmtree(folder / str(old))
+
+
+def _unwritten(folder: Path, step: int, reason: str) -> str:
+    whole = [old for old in _steps(folder) if (folder / str(old) / _SEAL).exists()]
+    rest = "There is none before it: the same command starts anew"
+    if whole:
+        rest = f"That of step {whole[0]} is whole: the same command continues from it"
+    return (
+        f"checkpoint: step {step} cannot be written to {folder}: {reason}. {rest} once "
+        "there is room."
+    )
 
 
 def _steps(folder: Path) -> list[int]:

@@ -126,7 +126,9 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(lab, monkeypatch):
         status, _, err = lab.run(output="full", **changes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert status == 1 and "File too large" in err, err
+    assert status == 1
+    assert "step 8 cannot be written to" in err and ": File too large. " in err, err
+    assert "That of step 4 is whole: the same command continues from it" in err
     folder = lab.folder("decentralized", "full")
     assert folders.read_json(folder / "checkpoints/4/seal.json")
     status, out, _ = lab.run(output="full", **changes)

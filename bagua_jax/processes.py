@@ -214,6 +214,10 @@ def initialize(**options: Any) -> None:
     Args:
         **options: of ``jax.distributed.initialize``.
 
+    Raises:
+        RuntimeError: as ``jax.distributed.initialize``: if it was called before, or JAX
+            was used before it.
+
     Example, in each of two processes that know their number:
 
         bagua_jax.processes.initialize(

@@ -17,7 +17,7 @@ import numpy as np
 __all__ = ["Kind", "Layout", "Message", "Refused", "decode", "encode"]
 
 _HEADER = struct.Struct("<4s16sBBHQQQ")
-_MAGIC = b"BJX1"
+_MAGIC = b"BJX2"
 
 
 class Refused(ValueError):
@@ -31,12 +31,14 @@ class Kind(enum.IntEnum):
     PONG = 2
     PULL = 3  # -> STATE: give me your parameters
     STATE = 4
-    ASK = 5  # -> GRANT with a payload, or BUSY: an exchange?
+    ASK = 5  # -> GRANT, and at once OFFER with a payload; or BUSY: an exchange?
     GRANT = 6
-    BUSY = 7
-    GIVE = 8  # with a payload -> DONE: it is applied; EXPIRED: it never will be
-    DONE = 9
-    EXPIRED = 10
+    OFFER = 7
+    BUSY = 8
+    GIVE = 9  # with a payload, while the offer is under way; no reply
+    COMMIT = 10  # the offer is here -> DONE: both apply; EXPIRED: neither ever will
+    DONE = 11
+    EXPIRED = 12
 
 
 class Message(NamedTuple):
@@ -96,7 +98,7 @@ class Layout(NamedTuple):
         """Say what a message of a kind carries."""
         if kind is Kind.STATE:
             return self.full
-        if kind in (Kind.GRANT, Kind.GIVE):
+        if kind in (Kind.OFFER, Kind.GIVE):
             return self.compressed if reference else self.full
         return ()
 

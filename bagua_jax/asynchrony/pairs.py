@@ -5,7 +5,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import jax
@@ -177,16 +177,17 @@ class _Asked(NamedTuple):
     peer: int
     exchange: int
     late: float  # when to do something about it
-    until: float  # when to give up, once a payload was given
-    give: Message | None = None  # what was given, to give again
+    until: float = 0.0  # when to give up, once it is committed
+    give: Message | None = None
+    give_again: bool = False  # once there is a connection
     taken: Moment = Moment(0, False)
     mine: Vectors = ()
-    theirs: Vectors = ()
+    theirs: Vectors | None = None  # what was offered; then it is committed
     reference: Vectors = ()
 
 
 class _Granted(NamedTuple):
-    """An exchange that a peer asked for, between grant and gift."""
+    """An exchange that a peer asked for, between grant and commitment."""
 
     peer: int
     exchange: int
@@ -195,6 +196,7 @@ class _Granted(NamedTuple):
     taken: Moment
     mine: Vectors
     reference: Vectors
+    theirs: Vectors | None = None  # what was given
 
 
 class PairGossip:
@@ -205,14 +207,15 @@ class PairGossip:
     ``jax.distributed``: every worker is an ordinary JAX program that knows the others'
     addresses, and may die, and may come back.
 
-    One exchange is one transaction. The worker that asks is *granted* the other's
-    snapshot (or told that it is busy, at once: so nobody waits in a circle), and
-    *gives* its own; the other applies its correction and says that it is *done*, upon
-    which the first applies the negative of it. An answer that is lost is asked for
-    again, and the same gift is never applied twice. So the mean of the models moves by
-    local steps alone. The exception is a death: a worker that dies takes its progress
-    with it, and a peer that stays out of reach for three times ``timeout_s`` is taken
-    for dead.
+    One exchange is one transaction. The worker that asks is *granted* it (or told that
+    the other is busy, at once: so nobody waits in a circle). Then both snapshots travel
+    at the same time: one side *gives*, the other *offers*. Who has the offer
+    *commits*; who has the gift, too, then applies its correction and says that it is
+    *done*, upon which the first applies the negative of it. An answer that is lost is
+    asked for again, and the same gift is never applied twice. So the mean of the models
+    moves by local steps alone. The exception is a death: a worker that dies takes its
+    progress with it, and a peer that stays out of reach for three times ``timeout_s``
+    is taken for dead.
 
     A worker that starts asks the others how far they are. Where all are at the start it
     begins with its own parameters; where one is ahead it takes over that one's
@@ -245,8 +248,8 @@ class PairGossip:
         exchanges: how many this worker took part in.
 
     Communication:
-        An exchange sends the payload of the whole model once in each direction, and
-        four short messages.
+        An exchange sends the payload of the whole model once in each direction, both at
+        the same time, and four short messages.
 
     References:
         Lian et al., `Asynchronous Decentralized Parallel Stochastic Gradient Descent`,
@@ -409,8 +412,7 @@ class PairGossip:
                 if len(frames) != 2:
                     self.refused["not one frame"] += 1
                 elif message := self._understood(frames[1]):
-                    reply = self._reply_to(message)
-                    if reply is not None:
+                    for reply in self._replies_to(message):
                         out = [frames[0], encode(reply, self._layout)]
                         _send(self._server.socket, out)
         for peer, client in list(self._clients.items()):
@@ -451,56 +453,69 @@ class PairGossip:
         """Send a question; give its number, or ``None`` if the peer is not there."""
         number = secrets.randbits(63) | 1
         message = self._message(kind, number, **fields)
-        sent = _send(self._clients[peer], [encode(message, self._layout)])
-        return number if sent else None
+        return number if self._tell(peer, message) else None
 
     # --- as the one who is asked ---
 
-    def _reply_to(self, message: Message) -> Message | None:
+    def _replies_to(self, message: Message) -> Iterator[Message]:
         number = message.exchange
         if message.kind is Kind.PING:
-            return self._message(Kind.PONG, number)
-        if message.kind is Kind.PULL:
+            yield self._message(Kind.PONG, number)
+        elif message.kind is Kind.PULL:
             params, moment = self._replica.snapshot()
             arrays = tuple(map(np.asarray, self._arithmetic.pack(params)))
             reply = self._message(Kind.STATE, number, arrays=arrays)
-            return reply._replace(steps=moment.steps)
-        if message.kind is Kind.ASK:
-            return self._grant(message)
-        if message.kind is Kind.GIVE:
-            return self._accept(message)
-        self.refused["a reply where questions come"] += 1
-        return None
+            yield reply._replace(steps=moment.steps)
+        elif message.kind is Kind.ASK:
+            yield from self._grant(message)
+        elif message.kind is Kind.GIVE:
+            self._take(message)
+        elif message.kind is Kind.COMMIT:
+            yield self._message(self._settle(message), number)
+        else:
+            self.refused["a reply where questions come"] += 1
 
-    def _grant(self, message: Message) -> Message:
+    def _grant(self, message: Message) -> Iterator[Message]:
         peer, number = message.worker, message.exchange
         others = self._granted is not None and self._granted.peer != peer
         if not self._joined.is_set() or self._asked is not None or others:
-            return self._message(Kind.BUSY, number)
+            yield self._message(Kind.BUSY, number)
+            return
         known, reference = self._reference_of(peer)
         if known != message.reference:  # one of the two has died since, or missed one
             known, reference = 0, self._arithmetic.nothing
+        yield self._message(Kind.GRANT, number, reference=known)  # so that both send
         arrays, mine, taken = self._offer(number, known, reference)
         until = time.monotonic() + 2 * self._timeout_s
         self._granted = _Granted(peer, number, until, known, taken, mine, reference)
-        return self._message(Kind.GRANT, number, reference=known, arrays=arrays)
+        yield self._message(Kind.OFFER, number, reference=known, arrays=arrays)
 
-    def _accept(self, message: Message) -> Message:
-        peer, number, granted = message.worker, message.exchange, self._granted
+    def _granted_to(self, message: Message) -> _Granted | None:
+        """Give the exchange that a message is about, if it is still granted."""
+        of = (message.worker, message.exchange, message.reference)
+        granted = self._granted
+        if granted and (granted.peer, granted.exchange, granted.reference_of) == of:
+            return granted
+        return None
+
+    def _take(self, message: Message) -> None:
+        granted = self._granted_to(message)
+        if granted is not None:  # else it is a gift once more, or too late
+            self._granted = granted._replace(theirs=self._read(message))
+
+    def _settle(self, message: Message) -> Kind:
+        """Apply what was given, now that the peer has what was offered."""
+        peer, number = message.worker, message.exchange
         if self._done.get(peer) == number:  # the answer was lost, the gift was not
-            return self._message(Kind.DONE, number)
-        fits = granted is not None and (granted.peer, granted.exchange) == (
-            peer,
-            number,
-        )
-        if not fits or granted is None or granted.reference_of != message.reference:
-            return self._message(Kind.EXPIRED, number)
+            return Kind.DONE
+        granted = self._granted_to(message)
+        if granted is None or granted.theirs is None:
+            return Kind.EXPIRED
         self._granted = None
-        theirs = self._read(message)
-        if not self._apply(number, peer, (peer, self.worker), granted, theirs):
-            return self._message(Kind.EXPIRED, number)
+        if not self._apply(number, peer, (peer, self.worker), granted):
+            return Kind.EXPIRED
         self._done[peer] = number
-        return self._message(Kind.DONE, number)
+        return Kind.DONE
 
     # --- as the one who asks ---
 
@@ -517,10 +532,12 @@ class PairGossip:
             return  # a pong, or the answer to a question that was given up
         if message.kind is Kind.GRANT and asked.give is None:
             self._give(asked, message)
-        elif message.kind is Kind.DONE and asked.give is not None:
+        elif message.kind is Kind.OFFER and asked.give and asked.theirs is None:
+            self._commit(asked, message)
+        elif message.kind is Kind.DONE and asked.theirs is not None:
             pair = (self.worker, asked.peer)
             self._asked = None
-            self._apply(asked.exchange, asked.peer, pair, asked, asked.theirs)
+            self._apply(asked.exchange, asked.peer, pair, asked)
             self._rest_until = time.monotonic() + self._interval_s
         elif message.kind is Kind.BUSY:
             self._asked = None
@@ -540,24 +557,36 @@ class PairGossip:
             return
         arrays, mine, taken = self._offer(asked.exchange, known, reference)
         give = self._message(Kind.GIVE, asked.exchange, reference=known, arrays=arrays)
-        now = time.monotonic()
+        self._tell(asked.peer, give)
         self._asked = asked._replace(
-            late=now,
-            until=now + 3 * self._timeout_s,
+            late=time.monotonic() + self._timeout_s,
             give=give,
             taken=taken,
             mine=mine,
-            theirs=self._read(grant),
             reference=reference,
         )
-        self._give_again()
 
-    def _give_again(self) -> None:
+    def _commit(self, asked: _Asked, offer: Message) -> None:
+        assert asked.give is not None
+        if offer.reference != asked.give.reference:
+            self.refused["a reference that this worker does not have"] += 1
+            self._asked = None
+            return
+        until = time.monotonic() + 3 * self._timeout_s
+        self._asked = asked._replace(theirs=self._read(offer), until=until)
+        self._say_commit()
+
+    def _say_commit(self) -> None:
         asked = self._asked
         assert asked is not None and asked.give is not None
-        sent = _send(self._clients[asked.peer], [encode(asked.give, self._layout)])
-        wait = self._timeout_s if sent else 0.1
-        self._asked = asked._replace(late=time.monotonic() + wait)
+        known = asked.give.reference
+        commit = self._message(Kind.COMMIT, asked.exchange, reference=known)
+        self._tell(asked.peer, commit)
+        late = time.monotonic() + self._timeout_s
+        self._asked = asked._replace(late=late, give_again=False)
+
+    def _tell(self, peer: int, message: Message) -> bool:
+        return _send(self._clients[peer], [encode(message, self._layout)])
 
     def _mind_the_clock(self) -> None:
         now = time.monotonic()
@@ -566,13 +595,17 @@ class PairGossip:
             self._granted = None
         if asked is not None:
             lost = not _is_connected(self._clients[asked.peer])
-            if asked.give is None and (lost or now > asked.late):
+            is_committed = asked.theirs is not None
+            if now > asked.until if is_committed else lost or now > asked.late:
                 self._leave_alone(asked.peer)
-            elif asked.give is not None and now > asked.until:
-                self._leave_alone(asked.peer)
-            elif asked.give is not None and now > asked.late:
+            elif now > asked.late:
                 self._renew(asked.peer)
-                self._give_again()
+                late = now + self._timeout_s
+                self._asked = asked._replace(late=late, give_again=True)
+            elif asked.give_again and not lost:
+                assert asked.give is not None
+                self._tell(asked.peer, asked.give)
+                self._say_commit()
             return
         if granted is not None or now < self._rest_until:
             return
@@ -580,7 +613,8 @@ class PairGossip:
             self._finished_since = self._finished_since or now
             for peer in self._others:
                 self._ask(peer, Kind.PING)  # says that this worker has finished
-            self._rest_until = now + 0.1
+            # Often enough that nobody takes this worker's silence for its end.
+            self._rest_until = now + min(0.1, self._timeout_s / 4)
             return
         free = [p for p in self._neighbours if self._left_alone.get(p, 0.0) < now]
         if not free:
@@ -591,7 +625,7 @@ class PairGossip:
         if number is None:
             self._rest_until = now + 0.01
         else:
-            self._asked = _Asked(peer, number, now + self._timeout_s, 0.0)
+            self._asked = _Asked(peer, number, now + self._timeout_s)
 
     def _leave_alone(self, peer: int) -> None:
         """Take a peer for dead, for a while."""
@@ -641,10 +675,9 @@ class PairGossip:
         peer: int,
         pair: tuple[int, int],
         own: _Asked | _Granted,
-        theirs: Vectors,
     ) -> bool:
         correction, middle, finite = self._arithmetic.meet(
-            own.mine, theirs, own.reference
+            own.mine, own.theirs, own.reference
         )
         if not finite:
             self.refused["a model that is not finite"] += 1

@@ -14,7 +14,14 @@ import pytest
 from asynchrony.processes import Workers, free_ports
 from asynchrony.training import Trainer, initial
 
-from bagua_jax.asynchrony import Event, PairArithmetic, PairGossip, Replica, replay
+from bagua_jax.asynchrony import (
+    Event,
+    PairArithmetic,
+    PairGossip,
+    Replica,
+    pairs,
+    replay,
+)
 from bagua_jax.asynchrony.messages import Kind, Message, decode, encode
 from bagua_jax.asynchrony.transport import Server, endpoint
 from bagua_jax.compressors import Compressor, blockwise, minmax_uint8, qsgd, randk, topk
@@ -79,7 +86,9 @@ def test_a_compressor_that_would_diverge_is_refused(compressor, why):
 # --- workers in threads ---
 
 
-def train_in_threads(n: int, steps: int, compressor: Compressor | None):
+def train_in_threads(
+    n: int, steps: int, compressor: Compressor | None, timeout_s: float = 5.0
+):
     """Run n workers of one process; their replicas, gossips and events."""
     where = addresses(n)
     replicas = [Replica(initial()) for _ in range(n)]
@@ -92,6 +101,7 @@ def train_in_threads(n: int, steps: int, compressor: Compressor | None):
             secret=SECRET,
             compressor=compressor,
             log=logs[w],
+            timeout_s=timeout_s,
         )
         for w in range(n)
     ]
@@ -148,6 +158,39 @@ def test_the_replay_ends_bit_for_bit_where_the_run_did(compressor):
             np.testing.assert_array_equal(again[w].params[name], value, f"{w} {name}")
 
 
+def test_a_lost_message_tears_no_exchange_apart(monkeypatch):
+    """Every fifth question, payload, commitment and answer vanishes."""
+    kinds = (Kind.ASK, Kind.GRANT, Kind.OFFER, Kind.GIVE, Kind.COMMIT, Kind.DONE)
+    sent, steps, send = dict.fromkeys(kinds, 0), 1500, pairs._send
+
+    def lossy(socket, frames):
+        kind = frames[-1][20]  # in the header
+        if kind in sent:
+            sent[kind] += 1
+            if sent[kind] % 5 == 0:
+                return True
+        return send(socket, frames)
+
+    monkeypatch.setattr(pairs, "_send", lossy)
+    replicas, _, events = train_in_threads(2, steps, None, timeout_s=0.3)
+    assert min(sent.values()) >= 5, sent
+    numbers = [[e.exchange for e in events[w]] for w in (0, 1)]
+    assert len(numbers[0]) > 5
+    assert sorted(numbers[0]) == sorted(numbers[1])  # both sides, or neither
+    again = {w: Replica(initial()) for w in (0, 1)}
+    trainers = [Trainer(w) for w in (0, 1)]
+    replay(
+        events,
+        again,
+        lambda w, x: trainers[w](x)[0],
+        PairArithmetic(initial()).replayed(),
+        dict.fromkeys((0, 1), steps),
+    )
+    for w in (0, 1):
+        for name, value in replicas[w].params.items():
+            np.testing.assert_array_equal(again[w].params[name], value, f"{w} {name}")
+
+
 # --- strangers and noise ---
 
 
@@ -165,6 +208,10 @@ class Stranger:
             return None
         frames = data if isinstance(data, list) else [data]
         self.socket.send_multipart(frames, zmq.NOBLOCK)
+        return self.hear(wait_ms)
+
+    def hear(self, wait_ms: int = 5000) -> bytes | None:
+        """Wait for an answer."""
         return self.socket.recv() if self.socket.poll(wait_ms, zmq.POLLIN) else None
 
     def __enter__(self) -> "Stranger":
@@ -206,25 +253,43 @@ def test_a_gift_is_applied_once_however_often_it_is_given(listening):
     theirs = np.array([3.0, 2.0, 1.0, 0.0], np.float32)
     with Stranger(address, SECRET) as peer:
         grant = answer(gossip, peer.say(question(gossip, Kind.ASK, 5)))
-        assert grant.kind is Kind.GRANT
-        assert grant.arrays[0].tolist() == [1, 2, 3, 4]
+        assert (grant.kind, grant.arrays) == (Kind.GRANT, ())
+        offer = answer(gossip, peer.hear())
+        assert (offer.kind, offer.exchange) == (Kind.OFFER, 5)
+        assert offer.arrays[0].tolist() == [1, 2, 3, 4]
         replica.step(lambda x: (x + 100, None))  # progress since the snapshot is kept
+        gift = question(gossip, Kind.GIVE, 5, theirs)
+        assert peer.say(gift, wait_ms=100) is None
+        assert replica.params.tolist() == [101, 102, 103, 104]  # until it is committed
         for _ in range(3):
-            done = answer(gossip, peer.say(question(gossip, Kind.GIVE, 5, theirs)))
+            done = answer(gossip, peer.say(question(gossip, Kind.COMMIT, 5)))
             assert (done.kind, done.exchange) == (Kind.DONE, 5)
+            assert peer.say(gift, wait_ms=50) is None
         assert replica.params.tolist() == [102, 102, 102, 102]
-        late = answer(gossip, peer.say(question(gossip, Kind.GIVE, 4, theirs)))
+        late = answer(gossip, peer.say(question(gossip, Kind.COMMIT, 4)))
         assert late.kind is Kind.EXPIRED  # never granted, so never applied
     assert replica.params.tolist() == [102, 102, 102, 102]
     assert gossip.exchanges == 1
+
+
+def test_nothing_is_committed_before_it_is_given(listening):
+    gossip, replica, address = listening
+    with Stranger(address, SECRET) as peer:
+        answer(gossip, peer.say(question(gossip, Kind.ASK, 5)))
+        answer(gossip, peer.hear())
+        early = answer(gossip, peer.say(question(gossip, Kind.COMMIT, 5)))
+        assert early.kind is Kind.EXPIRED
+    assert replica.params.tolist() == [1, 2, 3, 4] and not gossip.exchanges
 
 
 def test_a_model_that_is_not_finite_is_not_taken(listening):
     gossip, replica, address = listening
     with Stranger(address, SECRET) as peer:
         answer(gossip, peer.say(question(gossip, Kind.ASK, 5)))
+        answer(gossip, peer.hear())
         theirs = np.array([0.0, math.nan, 0.0, 0.0], np.float32)
-        reply = answer(gossip, peer.say(question(gossip, Kind.GIVE, 5, theirs)))
+        assert peer.say(question(gossip, Kind.GIVE, 5, theirs), wait_ms=50) is None
+        reply = answer(gossip, peer.say(question(gossip, Kind.COMMIT, 5)))
         assert reply.kind is Kind.EXPIRED
     assert replica.params.tolist() == [1, 2, 3, 4]
     assert gossip.refused == {"a model that is not finite": 1}

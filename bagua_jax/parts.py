@@ -28,6 +28,7 @@ from bagua_jax.workers import Workers
 __all__ = ["Part", "Split", "split"]
 
 _SAME = P()  # equal on all workers
+_NAMING = ("pcast", "pvary", "reshape", "squeeze")  # the same numbers under new types
 _EXCHANGE = re.compile(
     r"(unreduced_)?(p(sum|max|min|permute|broadcast)|psum_invariant|all_gather|"
     r"all_to_all|ragged_all_to_all|reduce_scatter|psum_scatter|psend|precv)"
@@ -68,6 +69,7 @@ class _Flat(NamedTuple):
     outputs: tuple[Any, ...]
     constants: dict[int, Any]  # arrays that the step closes over
     cuts: dict[int, tuple[int, ...]]  # values that end a program, and with which others
+    branches: tuple[_Operation, ...]  # that are still to be chosen
 
 
 def split(
@@ -260,18 +262,17 @@ class _Traced:
             if key not in self._flat:
                 self._flat[key] = self._flatten(choices)
             flat = self._flat[key]
-            open_branches = _open_branches(flat)
-            if not open_branches:
+            if not flat.branches:
                 break
             if key not in self._predicates:
-                wanted = [op.reads[0] for op in open_branches]
+                wanted = [op.reads[0] for op in flat.branches]
                 self._predicates[key] = self._schedule(flat, wanted)
             parts = self._predicates[key]
             values = dict(flat.constants) | dict(zip(flat.inputs, leaves, strict=True))
             for part in parts:
                 made = part.program(*(values[i] for i in part.reads))
                 values.update(zip(part.makes, made, strict=True))
-            for op in open_branches:
+            for op in flat.branches:
                 index = values[op.reads[0]]
                 if isinstance(index, jax.Array):
                     index = index.addressable_data(0)
@@ -362,6 +363,7 @@ class _Traced:
             tuple(outputs),
             constants,
             cuts,
+            _open_branches(operations),
         )
 
     # --- which operations run together, and when ---
@@ -372,14 +374,20 @@ class _Traced:
         needed = _ancestors(ops, maker, wanted)
         exchanges = [k for k in needed if _is_exchange(ops[k].equation)]
         behind: dict[int, frozenset[int]] = {}  # exchanges that an operation needs
-        fixed: set[int] = set()  # operations that need no input: repeated, not passed
+        # Repeated where they are needed, not passed: what needs no input, and other
+        # names of inputs, which a program could only give as copies.
+        fixed: set[int] = set()
+        names: set[int] = set()
         given = {*flat.inputs, *flat.constants}
         for k in needed:
             before = [maker[v] for v in ops[k].numbers if v in maker]
             own = {k} if k in exchanges else set()
             behind[k] = frozenset(own.union(*(behind[b] for b in before)))
-            if not own and not given & set(ops[k].numbers) and fixed.issuperset(before):
+            if ops[k].equation.primitive.name in _NAMING and names.issuperset(before):
+                names.add(k)
+            elif not own and not given & set(ops[k].numbers) | set(before) - fixed:
                 fixed.add(k)
+        fixed |= names
         depth: dict[int, int] = {}
         for k in exchanges:
             depth[k] = 1 + max((depth[e] for e in behind[k] - {k}), default=0)
@@ -422,6 +430,10 @@ class _Traced:
 
     def _compile(self, flat, groups, fixed, maker, wanted) -> tuple[Part, ...]:
         ops = flat.operations
+        result = {v for v in wanted if isinstance(v, int)}
+        loose = [v for v in result if maker.get(v) in fixed]
+        if loose:
+            groups = [*groups, ("compute", _ancestors(ops, maker, loose))]
         bodies, reads, makes = [], [], []
         for _, group in groups:
             inside = [v for k in group for v in ops[k].numbers]
@@ -433,12 +445,6 @@ class _Traced:
             bodies.append(body)
             reads.append([v for v in used if v not in own])
             makes.append([v for k in group for v in ops[k].makes])
-        result = {v for v in wanted if isinstance(v, int)}
-        loose = [v for v in result if maker.get(v) in fixed]
-        if loose:  # results that depend on nothing
-            body = _ancestors(ops, maker, loose)
-            groups, bodies = [*groups, ("compute", body)], [*bodies, body]
-            reads, makes = [*reads, []], [*makes, loose]
         alive = {v for r in reads for v in r} | result
         whole = {*flat.inputs, *flat.constants, *result}
         parts, after = [], set(result)
@@ -523,19 +529,19 @@ def _in_rounds(all_to_all, x: jax.Array, n: int, message_bytes: int) -> jax.Arra
     rounds = min(columns, -(-bytes_to_one // message_bytes))
     if rounds < 2:
         return all_to_all(x)
-    width, out = columns // rounds, rows
+    width = columns // rounds
 
-    def one_round(k, out):
-        part = jax.lax.dynamic_slice_in_dim(rows, k * width, width, 1)
-        return jax.lax.dynamic_update_slice_in_dim(out, all_to_all(part), k * width, 1)
+    def exchange(start, width, rows):  # in place: nobody reads these columns again
+        part = jax.lax.dynamic_slice_in_dim(rows, start, width, 1)
+        return jax.lax.dynamic_update_slice_in_dim(rows, all_to_all(part), start, 1)
 
-    out = jax.lax.fori_loop(0, rounds, one_round, out)
+    def one_round(k, rows):
+        return exchange(k * width, width, rows)
+
+    rows = jax.lax.fori_loop(0, rounds, one_round, rows)
     if rounds * width < columns:  # less than a column for each round is left
-        rest = rows[:, rounds * width :]
-        out = jax.lax.dynamic_update_slice_in_dim(
-            out, all_to_all(rest), rounds * width, 1
-        )
-    return out.reshape(x.shape)
+        rows = exchange(rounds * width, columns - rounds * width, rows)
+    return rows.reshape(x.shape)
 
 
 def _ancestors(ops, maker, values, done: Collection[int] = ()) -> list[int]:
@@ -550,18 +556,18 @@ def _ancestors(ops, maker, values, done: Collection[int] = ()) -> list[int]:
     return sorted(found)
 
 
-def _open_branches(flat: _Flat) -> list[_Operation]:
-    """Branches around exchanges whose condition can be known before any exchange."""
+def _open_branches(operations: Iterable[_Operation]) -> tuple[_Operation, ...]:
+    """Find branches around exchanges whose condition is known before any exchange."""
     late: set[int] = set()  # values that need an exchange
     found = []
-    for op in flat.operations:
+    for op in operations:
         is_late = not late.isdisjoint(op.numbers)
         if op.equation.primitive.name == "cond" and _is_cut_inside(op.equation):
             if op.reads[0] not in late:
                 found.append(op)
         if is_late or _is_exchange(op.equation):
             late.update(op.makes)
-    return found
+    return tuple(found)
 
 
 def _is_exchange(eqn: Any) -> bool:

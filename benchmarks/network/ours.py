@@ -152,4 +152,9 @@ def trainer(case: Case, images: problem.Images) -> Lockstep:
 
 def connect() -> None:
     """Join the other workers."""
+    import jax
+
+    # Programs run in the thread that calls them: parts wait for each one anyway, and
+    # handing each to another thread costs a twentieth of an unshaped step on two cores.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     process.connect_jax(threads=1)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from bagua_jax import Workers, compressors, parts, primitives, wire, worker_local
 from bagua_jax.algorithms import REGISTRY
@@ -112,6 +113,40 @@ def test_exchange_starts_before_the_backward_pass_ends():
 def count_dots_of_one(workers, state, step, specs):
     text = str(workers.spmd(step, in_specs=specs).lower(state, batch(0)).as_text())
     return text.count("stablehlo.dot_general")
+
+
+def test_arguments_are_not_copied_from_program_to_program():
+    workers = Workers.devices(N)
+
+    def step(row, same):
+        product = row.reshape(-1) * worker_local(same, "workers")
+        mean = primitives.c_fp_s(jnp.sum(product), axis_name="workers")
+        return product + mean * row.reshape(-1) * worker_local(same, "workers")
+
+    arguments = np.ones((N, 8, 16), np.float32), np.ones(128, np.float32)
+    many = parts.split(workers, step, in_specs=(workers.spec, P()))
+    compiled = [
+        part.program.lower(*part.arguments).compile().as_text()
+        for part in many.parts(*arguments)
+    ]
+    assert len(compiled) == 3 and not any(" copy(" in text for text in compiled)
+    np.testing.assert_array_equal(many(*arguments), np.full((N, 128), 129.0))
+
+
+def test_a_result_may_be_an_argument_under_another_name():
+    workers = Workers.devices(N)
+
+    def step(x, y):
+        mean = primitives.c_fp_s(x.reshape(-1), axis_name="workers")
+        return mean, x.reshape(3, 2), worker_local(y, "workers"), y
+
+    x, y = np.arange(6.0 * N).reshape(N, 2, 3), np.arange(2.0)
+    many = parts.split(workers, step, in_specs=(workers.spec, P()))
+    mean, turned, local, same = many(x, y)
+    np.testing.assert_array_equal(mean, x.reshape(N, 6).mean(0))
+    np.testing.assert_array_equal(turned, x.reshape(N, 3, 2))
+    np.testing.assert_array_equal(local, np.stack([y] * N))
+    np.testing.assert_array_equal(same, y)
 
 
 def test_thread_runs_exchanges_where_the_process_has_one_device():

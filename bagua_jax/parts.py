@@ -123,10 +123,10 @@ def split(
         >>> from bagua_jax import Workers, primitives
         >>> workers = Workers.devices(1)
         >>> def step(x):
-        ...     return x - primitives.c_fp_s(x, axis_name="workers")
+        ...     return x - primitives.c_fp_s(2 * x, axis_name="workers")
         >>> program = split(workers, step, in_specs=workers.spec)
         >>> program(jnp.ones((1, 3))).tolist()
-        [[0.0, 0.0, 0.0]]
+        [[-1.0, -1.0, -1.0]]
         >>> [part.kind for part in program.parts(jnp.ones((1, 3)))]
         ['compute', 'exchange', 'compute']
     """

@@ -596,7 +596,8 @@ class PairGossip:
         if asked is not None:
             lost = not _is_connected(self._clients[asked.peer])
             is_committed = asked.theirs is not None
-            if now > asked.until if is_committed else lost or now > asked.late:
+            is_over = now > asked.until if is_committed else lost or now > asked.late
+            if is_over:
                 self._leave_alone(asked.peer)
             elif now > asked.late:
                 self._renew(asked.peer)

@@ -133,6 +133,22 @@ def train_in_threads(
     return replicas, gossips, events
 
 
+def assert_replayed(replicas, events, compressor: Compressor | None, steps: int):
+    """The events alone lead to the same parameters, bit for bit."""
+    again = {w: Replica(initial()) for w in events}
+    trainers = [Trainer(w) for w in range(len(events))]
+    replay(
+        events,
+        again,
+        lambda w, x: trainers[w](x)[0],
+        PairArithmetic(initial(), compressor).replayed(),
+        dict.fromkeys(events, steps),
+    )
+    for w in events:
+        for name, value in replicas[w].params.items():
+            np.testing.assert_array_equal(again[w].params[name], value, f"{w} {name}")
+
+
 @pytest.mark.parametrize("compressor", [None, blockwise(8, 16)])
 def test_the_replay_ends_bit_for_bit_where_the_run_did(compressor):
     n, steps = 3, 40
@@ -144,18 +160,7 @@ def test_the_replay_ends_bit_for_bit_where_the_run_did(compressor):
     assert not any(g.refused for g in gossips)
     assert any(event.in_step for own in events.values() for event in own)
 
-    again = {w: Replica(initial()) for w in range(n)}
-    trainers = [Trainer(w) for w in range(n)]
-    replay(
-        events,
-        again,
-        lambda w, x: trainers[w](x)[0],
-        PairArithmetic(initial(), compressor).replayed(),
-        dict.fromkeys(range(n), steps),
-    )
-    for w in range(n):
-        for name, value in replicas[w].params.items():
-            np.testing.assert_array_equal(again[w].params[name], value, f"{w} {name}")
+    assert_replayed(replicas, events, compressor, steps)
 
 
 def test_a_lost_message_tears_no_exchange_apart(monkeypatch):
@@ -177,18 +182,7 @@ def test_a_lost_message_tears_no_exchange_apart(monkeypatch):
     numbers = [[e.exchange for e in events[w]] for w in (0, 1)]
     assert len(numbers[0]) > 5
     assert sorted(numbers[0]) == sorted(numbers[1])  # both sides, or neither
-    again = {w: Replica(initial()) for w in (0, 1)}
-    trainers = [Trainer(w) for w in (0, 1)]
-    replay(
-        events,
-        again,
-        lambda w, x: trainers[w](x)[0],
-        PairArithmetic(initial()).replayed(),
-        dict.fromkeys((0, 1), steps),
-    )
-    for w in (0, 1):
-        for name, value in replicas[w].params.items():
-            np.testing.assert_array_equal(again[w].params[name], value, f"{w} {name}")
+    assert_replayed(replicas, events, None, steps)
 
 
 # --- strangers and noise ---

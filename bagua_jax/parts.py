@@ -78,6 +78,7 @@ def split(
     in_specs: Any = _SAME,
     *,
     message_bytes: int | None = None,
+    donate_argnums: int | Sequence[int] = (),
 ) -> "Split":
     """Compile a per-worker function as several programs that overlap.
 
@@ -101,13 +102,17 @@ def split(
             in bytes; a longer one goes in rounds. ``None``: everything at once, which
             is best where switches do not drop. All n-1 others send to a worker at once,
             so that (n-1) message_bytes should fit into the queue of a switch's port.
+        donate_argnums: positions of arguments that the caller gives away, as of
+            ``jax.jit``: the last program that reads one may write a result over it. A
+            training loop donates its state.
 
     Returns:
         A function of the boundary's arrays, which waits for its results.
 
     Raises:
         ValueError: if workers are simulated or are groups of devices, or message_bytes
-            is less than 1; when called, as ``Workers.spmd``.
+            is less than 1; when called, if donate_argnums names an argument that is
+            not there, and as ``Workers.spmd``.
 
     Communication:
         What the function communicates; but psums that XLA would combine stay separate
@@ -139,15 +144,24 @@ def split(
         )
     if message_bytes is not None:
         require_at_least("parts.split", "message_bytes", message_bytes, 1, "Or None.")
-    return Split(workers, fn, in_specs, message_bytes)
+    if isinstance(donate_argnums, int):
+        donate_argnums = (donate_argnums,)
+    return Split(workers, fn, in_specs, message_bytes, frozenset(donate_argnums))
 
 
 class Split:
     """A step in several programs; see :func:`split`."""
 
-    def __init__(self, workers: Workers, fn, in_specs, message_bytes: int | None):
+    def __init__(
+        self,
+        workers: Workers,
+        fn,
+        in_specs,
+        message_bytes: int | None,
+        donated: frozenset[int],
+    ):
         self._workers, self._fn, self._in_specs = workers, fn, in_specs
-        self._message_bytes = message_bytes
+        self._message_bytes, self._donated = message_bytes, donated
         self._traced: dict[Any, _Traced] = {}
         mesh = workers.mesh
         assert isinstance(mesh, Mesh)
@@ -204,7 +218,12 @@ class Split:
         )
         if key not in self._traced:
             self._traced[key] = _Traced(
-                self._workers, self._fn, self._in_specs, self._message_bytes, args
+                self._workers,
+                self._fn,
+                self._in_specs,
+                self._message_bytes,
+                self._donated,
+                args,
             )
         traced = self._traced[key]
         return *traced.plan(leaves), traced.out_structure
@@ -227,8 +246,16 @@ def _ready(value: Any) -> Any:
 class _Traced:
     """A function traced for arguments of one kind, and its plans by branches taken."""
 
-    def __init__(self, workers: Workers, fn, in_specs, message_bytes, args):
+    def __init__(self, workers: Workers, fn, in_specs, message_bytes, donated, args):
         self._workers, self._message_bytes = workers, message_bytes
+        missing = sorted(k for k in donated if not 0 <= k < len(args))
+        if missing:
+            raise ValueError(
+                f"parts.split: donate_argnums must name some of the {len(args)} "
+                f"arguments, counted from 0; got {missing}."
+            )
+        sizes = [len(jax.tree.leaves(arg)) for arg in args]
+        self._donated = np.repeat([k in donated for k in range(len(args))], sizes)
         specs = workers._flat_specs(args, in_specs, "parts.split")
         out_specs = workers._trace(fn, args, specs)
         outer = jax.make_jaxpr(
@@ -279,7 +306,9 @@ class _Traced:
                 last = len(op.equation.params["branches"]) - 1
                 choices[op.path] = int(np.clip(np.asarray(index).ravel()[0], 0, last))
         if key not in self._plans:
-            self._plans[key] = self._schedule(flat, flat.outputs)
+            donated = {v for v, d in zip(flat.inputs, self._donated, strict=True) if d}
+            made = {v for op in flat.operations for v in op.makes}
+            self._plans[key] = self._schedule(flat, flat.outputs, donated | made)
         return self._plans[key], flat
 
     # --- one list of operations ---
@@ -368,7 +397,10 @@ class _Traced:
 
     # --- which operations run together, and when ---
 
-    def _schedule(self, flat: _Flat, wanted: Sequence[Any]) -> tuple[Part, ...]:
+    def _schedule(
+        self, flat: _Flat, wanted: Sequence[Any], spare: Collection[int] = ()
+    ) -> tuple[Part, ...]:
+        """Divide operations into parts, which may write over spare values."""
         ops = flat.operations
         maker = {v: k for k, op in enumerate(ops) for v in op.makes}
         needed = _ancestors(ops, maker, wanted)
@@ -426,9 +458,9 @@ class _Traced:
         for _, values in sorted(ends.items(), key=lambda end: end[0]):
             compute(values)
 
-        return self._compile(flat, groups, fixed, maker, wanted)
+        return self._compile(flat, groups, fixed, maker, wanted, spare)
 
-    def _compile(self, flat, groups, fixed, maker, wanted) -> tuple[Part, ...]:
+    def _compile(self, flat, groups, fixed, maker, wanted, spare) -> tuple[Part, ...]:
         ops = flat.operations
         result = {v for v in wanted if isinstance(v, int)}
         loose = [v for v in result if maker.get(v) in fixed]
@@ -440,24 +472,32 @@ class _Traced:
             free = [maker[v] for v in inside if maker.get(v) in fixed]
             extra = _ancestors(ops, maker, [v for k in free for v in ops[k].makes])
             body = sorted({*group, *extra})
-            own = {v for k in body for v in ops[k].makes}
+            inner = {v for k in body for v in ops[k].makes}
             used = dict.fromkeys(v for k in body for v in ops[k].numbers)
             bodies.append(body)
-            reads.append([v for v in used if v not in own])
+            reads.append([v for v in used if v not in inner])
             makes.append([v for k in group for v in ops[k].makes])
         alive = {v for r in reads for v in r} | result
         whole = {*flat.inputs, *flat.constants, *result}
+        # An exchange, on its own thread, may not have read its operands yet.
+        lent = {
+            v
+            for (kind, _), r in zip(groups, reads, strict=True)
+            if kind == "exchange"
+            for v in r
+        }
         parts, after = [], set(result)
         for (kind, _), body, r, m in reversed(
             list(zip(groups, bodies, reads, makes, strict=True))
         ):
             m = [v for v in m if v in alive]
             frees = [v for v in r if v not in after]
-            parts.append(self._part(kind, flat, body, r, m, frees, whole))
+            over = (set(frees) & set(spare)) - lent
+            parts.append(self._part(kind, flat, body, r, m, frees, over, whole))
             after.update(r)
         return tuple(reversed(parts))
 
-    def _part(self, kind, flat, body, reads, makes, frees, whole) -> Part:
+    def _part(self, kind, flat, body, reads, makes, frees, over, whole) -> Part:
         axes, mesh = self._workers.axes, self._workers.mesh
         assert mesh is not None
 
@@ -502,9 +542,14 @@ class _Traced:
             )
 
         arguments = tuple(map(struct, reads))
-        return Part(
-            kind, jax.jit(mapped), tuple(reads), tuple(makes), tuple(frees), arguments
-        )
+        room = [struct(v) for v in makes]
+        donated = []
+        for k, v in enumerate(reads):
+            if v in over and arguments[k] in room:
+                room.remove(arguments[k])
+                donated.append(k)
+        run = jax.jit(mapped, donate_argnums=donated)
+        return Part(kind, run, tuple(reads), tuple(makes), tuple(frees), arguments)
 
 
 def _evaluate(eqn: Any, inputs: list[Any], message_bytes: int | None) -> list[Any]:

@@ -110,9 +110,11 @@ class Lockstep:
         specs = (workers.specs(init, first), workers.spec, workers.spec)
         if case.split:
             most = MESSAGE_BYTES.get(process.network())
-            self._step = parts.split(workers, train_step, specs, message_bytes=most)
+            self._step = parts.split(
+                workers, train_step, specs, message_bytes=most, donate_argnums=0
+            )
         else:
-            self._step = workers.spmd(train_step, in_specs=specs)
+            self._step = workers.spmd(train_step, in_specs=specs, donate_argnums=0)
         self._state = workers.spmd(init)(first)
         self._loss = jax.jit(loss_fn)
 

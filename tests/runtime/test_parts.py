@@ -69,13 +69,24 @@ IN_ROUNDS = [(name, 10) for name in ("f16", "bytegrad", "qadam")]  # of all-to-a
 
 
 @pytest.mark.parametrize(
-    ("name", "message_bytes"), [*((name, None) for name in CASES), *IN_ROUNDS]
+    ("name", "message_bytes", "donated"),
+    [
+        *((name, None, ()) for name in CASES),
+        *((name, None, 0) for name in CASES),
+        *((name, message_bytes, ()) for name, message_bytes in IN_ROUNDS),
+    ],
 )
-def test_same_numbers_and_bytes_as_one_program(name, message_bytes):
+def test_same_numbers_and_bytes_as_one_program(name, message_bytes, donated):
     workers, state, step, specs = prepare(name)
     one = workers.spmd(step, in_specs=specs)
-    many = parts.split(workers, step, in_specs=specs, message_bytes=message_bytes)
-    expected, got, sent = state, state, []
+    many = parts.split(
+        workers,
+        step,
+        in_specs=specs,
+        message_bytes=message_bytes,
+        donate_argnums=donated,
+    )
+    expected, got, sent = state, jax.tree.map(jnp.copy, state), []
     for t in range(STEPS):
         if t >= STEPS - 2:  # a whole period
             sent.append(many.count(got, batch(t)).bytes_per_worker)
@@ -131,6 +142,40 @@ def test_arguments_are_not_copied_from_program_to_program():
     ]
     assert len(compiled) == 3 and not any(" copy(" in text for text in compiled)
     np.testing.assert_array_equal(many(*arguments), np.full((N, 128), 129.0))
+
+
+def test_a_donated_argument_is_written_over_and_no_other():
+    workers, state, step, specs = prepare("gradient_allreduce")
+    kept, given = (jax.tree.map(jnp.copy, state) for _ in range(2))
+    parts.split(workers, step, in_specs=specs)(kept, batch(0))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(kept))
+    x = jnp.asarray(batch(0))
+    many = parts.split(workers, step, in_specs=specs, donate_argnums=(0,))
+    many(given, x)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given[0])) and given[0]
+    assert not x.is_deleted()
+
+
+def test_what_an_exchange_reads_is_not_written_over():
+    workers = Workers.devices(1)  # its exchanges run on a thread
+
+    def step(x):
+        mean = primitives.c_fp_s(x, axis_name="workers")
+        return 2 * x, 3 * mean
+
+    many = parts.split(workers, step, in_specs=workers.spec, donate_argnums=0)
+    for k in range(20):
+        double, mean = many(jnp.full((1, 1000), 1.0 + k))
+        np.testing.assert_array_equal(double, np.full((1, 1000), 2.0 + 2 * k))
+        np.testing.assert_array_equal(mean, np.full(1000, 3.0 + 3 * k))
+
+
+@pytest.mark.parametrize("wrong", [1, -1, (0, 3)])
+def test_donated_arguments_must_be_there(wrong):
+    workers = Workers.devices(1)
+    many = parts.split(workers, lambda x: x, workers.spec, donate_argnums=wrong)
+    with pytest.raises(ValueError, match="donate_argnums must name some of the 1 argu"):
+        many(jnp.ones((1, 3)))
 
 
 def test_a_result_may_be_an_argument_under_another_name():

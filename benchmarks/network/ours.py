@@ -14,9 +14,10 @@ class Case(NamedTuple):
     algorithm: str
     options: dict[str, Any] = {}
     split: bool = True  # by bagua_jax.parts; else one program
+    half: bool = False  # gradients are cast to float16 before, and back after
 
 
-BUCKETS = {"bucket_bytes": 6 * 2**20}  # three
+ONE_BUCKET, TWO_BUCKETS = {"bucket_bytes": 2**24}, {"bucket_bytes": 8 * 2**20}
 # What an all-to-all sends to one worker at once, where three such messages overflow the
 # queue of the switch: at 100 Mbit/s its 40 ms are 500 KB.
 MESSAGE_BYTES = {"100mbit": 2**16}
@@ -26,12 +27,13 @@ HALF = {
     "bucket_bytes": 4 * 2**20,
 }
 CASES = {
-    "gradient_allreduce": Case("gradient_allreduce"),
-    "f16": Case("compressed_mean", HALF),
-    "bytegrad": Case("bytegrad", BUCKETS),
-    "qadam": Case("qadam", {"warmup_steps": 6, **BUCKETS}),
+    "gradient_allreduce": Case("gradient_allreduce", ONE_BUCKET),
+    "f16": Case("compressed_mean", HALF),  # added up in float32
+    "f16_allreduce": Case("gradient_allreduce", {"bucket_bytes": 2**21}, half=True),
+    "bytegrad": Case("bytegrad", TWO_BUCKETS),
+    "qadam": Case("qadam", {"warmup_steps": 6, **TWO_BUCKETS}),
     "decentralized": Case("decentralized", {"topology": "one_peer_exponential"}),
-    "low_precision_decentralized": Case("low_precision_decentralized", BUCKETS),
+    "low_precision_decentralized": Case("low_precision_decentralized", TWO_BUCKETS),
     "local_sgd": Case("local_sgd", {"local_steps": LOCAL_STEPS}),
     "powersgd1": Case("powersgd", {"rank": 1}),
     "powersgd2": Case("powersgd", {"rank": 2}),
@@ -40,7 +42,7 @@ CASES = {
 # QAdam's losses are those of a longer warm-up, of steps in full precision, than a
 # measurement of step times would wait for.
 LOSSES, LONG_WARM_UP = {"qadam": "qadam, long warm-up"}, 50
-CASES[LOSSES["qadam"]] = Case("qadam", {"warmup_steps": LONG_WARM_UP, **BUCKETS})
+CASES[LOSSES["qadam"]] = Case("qadam", {"warmup_steps": LONG_WARM_UP, **TWO_BUCKETS})
 CASES |= {
     f"{name}, one program": CASES[name]._replace(split=False)
     for name in ("gradient_allreduce", "f16", "bytegrad", "powersgd1")
@@ -79,6 +81,9 @@ class Lockstep:
             worker_local,
         )
 
+        def cast(dtype):
+            return optax.stateless_with_tree_map(lambda g, _: g.astype(dtype))
+
         self._jax, self._images, self._count = jax, images, 0
         self._workers = workers = Workers.devices()
         options = dict(case.options)
@@ -92,6 +97,8 @@ class Lockstep:
                 entry.factory(axis_name="workers", **options),
                 optax.sgd(problem.RATE),
             ]
+            if case.half:
+                both[0] = optax.chain(cast("float16"), both[0], cast("float32"))
             tx = optax.chain(*(both[::-1] if entry.own_params else both))
 
         def init(params):

@@ -54,6 +54,7 @@ class Pair(NamedTuple):
 PAIRS = (
     Pair("gradient_allreduce", "ddp", 1.02),
     Pair("f16", "ddp_fp16", 1.0),
+    Pair("f16_allreduce", "ddp_fp16", 1.0),
     Pair("bytegrad", "ddp", 0.28),
     Pair("powersgd1", "ddp_powersgd1", 0.9),
     Pair("powersgd2", "ddp_powersgd2", 0.9),

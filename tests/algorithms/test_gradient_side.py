@@ -14,7 +14,7 @@ from oracles import gradient_side as oracles
 from oracles.algorithms import trajectory
 
 import bagua_jax
-from bagua_jax import Workers, compressors
+from bagua_jax import Workers, compressors, wire
 from bagua_jax import algorithms as alg
 from bagua_jax.algorithms.compressed_mean import choose_plan
 from bagua_jax.compressors import cast, identity, minmax_uint8, qsgd, randk, sign, topk
@@ -179,6 +179,32 @@ def test_trajectory_of_the_oracle(name):
         np.testing.assert_allclose(
             got, expected[1:, 0], rtol=0, atol=atol, err_msg=place
         )
+
+
+def test_half_precision_is_a_cast_before_an_all_reduce_and_one_after():
+    def cast(dtype):
+        return optax.stateless_with_tree_map(lambda g, _: g.astype(dtype))
+
+    workers, full = Workers.devices(N), alg.gradient_allreduce(axis_name=AXIS)
+    half = optax.chain(cast("float16"), full, cast("float32"))
+    grads = np.random.default_rng(0).standard_normal((N, 1000)).astype("f4")
+    grads[:, 0] = 60_000  # their sum is no float16
+
+    def program(tx):
+        return workers.spmd(lambda g: tx.update(g, tx.init(g))[0], workers.spec)
+
+    got = np.asarray(program(half)(grads))
+    rounded = grads.astype("f2").astype("f8")
+    assert got.dtype == np.float32 and got[0] == rounded[0, 0]
+    np.testing.assert_array_equal(got, got.astype("f2"))
+    np.testing.assert_array_less(  # an addition rounds to 11 bits; there are three
+        np.abs(got - rounded.mean(0)), 3 * 2.0**-11 * np.abs(rounded).mean(0) + 1e-7
+    )
+    sent = [
+        wire.count(program(tx).lower(grads).compile()).bytes_per_worker
+        for tx in (half, full)
+    ]
+    assert 2 * sent[0] == sent[1] == 2 * (N - 1) / N * 4000
 
 
 # --- shared helpers ------------------------------------------------------------------

@@ -121,7 +121,8 @@ def split(
     Differences from one program:
         None in the arithmetic that the function states. Results are equal bit for bit
         unless XLA chooses otherwise which products and sums to contract into one
-        rounding, as it does for the moments of ``qadam``: then they differ by it.
+        rounding, as it does for the moments of ``qadam``, or for a decoded mean that
+        plain SGD applies: then they differ by it.
 
     Example:
         >>> import jax, jax.numpy as jnp

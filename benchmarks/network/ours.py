@@ -82,7 +82,8 @@ class Lockstep:
         )
 
         def cast(dtype):
-            return optax.stateless_with_tree_map(lambda g, _: g.astype(dtype))
+            convert = lambda g, _: jnp.asarray(g, dtype)  # noqa: E731
+            return optax.stateless_with_tree_map(convert)
 
         self._jax, self._images, self._count = jax, images, 0
         self._workers = workers = Workers.devices()

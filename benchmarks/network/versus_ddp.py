@@ -5,7 +5,7 @@ parameters on MNIST-5k with four workers, batch 32 each, from the same weights, 
 same batches: PyTorch DDP over gloo, plain and with the hooks that work there, and
 bagua_jax over gloo.
 
-Step times: all cases of both sides are alive at once and take turns, a few steps at a
+Step times: all cases of both sides are alive at once and take turns, some steps at a
 time, repeated; a repeat's value is the mean over its steps and workers, and medians of
 repeats are compared. Bytes are those that left by the card. Loss: the mean model's on
 1,000 held-out images, every ten steps, from one run of each case; steps do not depend
@@ -13,7 +13,8 @@ on the network, so that time to a loss is steps to it x median step time. QAdam'
 come from a run with a longer warm-up, whose steps count as those of an all-reduce.
 
 Writes benchmarks/results/versus_ddp.json and docs/figures/versus_ddp.png; ends with
-status 77 if namespaces are not allowed here.
+status 1 if a case in one program trains differently from the same in several, and 77 if
+namespaces are not allowed here.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from rich.table import Table
 from benchmarks.network import asynchronous, lab, machine, ours, problem, theirs
 
 N, WARM_UP, PERIOD = 4, 8, 8  # warm-up: past compilation, QAdam's and post-local's
+QUICK = 5 * PERIOD  # steps of a repeat where a step takes a tenth of a second
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "versus_ddp.json"
 FIGURE = ROOT / "docs" / "figures" / "versus_ddp.png"
@@ -106,7 +108,9 @@ class Side:
         return answers
 
 
-def measure(network: lab.Lab, cases: dict[str, list[str]], arguments, console) -> dict:
+def measure(
+    network: lab.Lab, cases: dict[str, list[str]], steps: int, arguments, console
+) -> dict:
     """Time all cases on one network, in turns; give each its repeats."""
     with open(arguments.log, "w+b") as log:
         sides = {name: Side(network, name, log) for name in cases if cases[name]}
@@ -120,7 +124,7 @@ def measure(network: lab.Lab, cases: dict[str, list[str]], arguments, console) -
             console.print(f"  {case}: warm", highlight=False)
         for repeat in range(arguments.repeats):
             for side, case in turns if repeat % 2 == 0 else turns[::-1]:
-                answers = sides[side].order(case, steps=arguments.steps)
+                answers = sides[side].order(case, steps=steps)
                 seconds = [statistics.mean(a["seconds"]) for a in answers]
                 found[case]["step_ms"].append(1e3 * statistics.mean(seconds))
                 found[case]["bytes"] = statistics.mean(a["bytes"] for a in answers)
@@ -153,10 +157,24 @@ def curves(network: lab.Lab, cases: dict[str, list[str]], arguments, console) ->
                     f"  {case}: loss {_loss(losses)} after {losses[-1][0]} steps",
                     highlight=False,
                 )
-    for case, losses in found.items():
-        same = found.get(case.partition(",")[0], [])[: len(losses)]
-        if "one program" in case and same and losses != same:
-            raise lab.LabError(f"{case} trains differently: {losses} and {same}.")
+    return found
+
+
+def differing(curves: dict) -> list[str]:
+    """Find cases in one program that train differently from the same in several.
+
+    More than 1 % of a loss is a difference: XLA contracts products and sums to single
+    roundings in the one and not in the other, and a quantizer makes more of it.
+    """
+    found = []
+    for case, losses in curves.items():
+        same = curves.get(case.partition(", one program")[0], [])
+        if "one program" not in case or not same:
+            continue
+        for (step, one), (_, several) in zip(losses, same, strict=False):
+            if one is None or several is None or abs(one - several) > 0.01 * several:
+                found.append(f"{case}: {one} after {step} steps, in parts {several}")
+                break
     return found
 
 
@@ -304,6 +322,12 @@ def draw(facts: dict, path: Path) -> None:
         plt.close(figure)
 
 
+def keep(facts: dict, path: Path) -> None:
+    """Write the numbers."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def main() -> int:
     """Measure, print the tables, write the numbers and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -317,13 +341,18 @@ def main() -> int:
     )
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=PERIOD, help="of a repeat")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"of a repeat; by default {PERIOD}, and {QUICK} where networks are faster "
+        "than 100 Mbit/s",
+    )
     parser.add_argument("--curve-steps", type=int, default=150, help="0: no curves")
     parser.add_argument("--target-loss", type=float, default=0.3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--log", type=Path, default=Path("/dev/shm/versus_ddp.log"))
     arguments = parser.parse_args()
-    if arguments.steps % PERIOD:
+    if arguments.steps is not None and arguments.steps % PERIOD:
         parser.error(f"--steps must be a multiple of {PERIOD}, the longest period.")
     lab.enter()
     os.environ["OMP_NUM_THREADS"] = "1"  # four workers on few cores
@@ -335,7 +364,6 @@ def main() -> int:
         "workers": N,
         "parameters": problem.num_params(),
         "batch": problem.BATCH,
-        "steps_of_a_repeat": arguments.steps,
         "repeats": arguments.repeats,
         "target_loss": arguments.target_loss,
         "networks": {},
@@ -345,8 +373,14 @@ def main() -> int:
         with lab.Lab(N, lab.NETWORKS[name]) as network:
             verified = network.verify()
             console.print(f"{name}: {verified}", highlight=False)
-            found = measure(network, cases, arguments, console)
-        facts["networks"][name] = {**verified, "cases": found}
+            steps = arguments.steps or (PERIOD if name.startswith("100mbit") else QUICK)
+            found = measure(network, cases, steps, arguments, console)
+        facts["networks"][name] = {
+            **verified,
+            "steps_of_a_repeat": steps,
+            "cases": found,
+        }
+        keep(facts, arguments.out)  # what has been measured, whatever comes
     if arguments.curve_steps:
         with lab.Lab(N, lab.NETWORKS["unshaped"]) as network:
             facts["curves"] = curves(network, cases, arguments, console)
@@ -354,13 +388,14 @@ def main() -> int:
     facts["seconds"] = round(time.monotonic() - start)
     console.print(facts["machine"], highlight=False)
     show(facts, console)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+    keep(facts, arguments.out)
     figure = FIGURE if arguments.out == RESULTS else arguments.out.with_suffix(".png")
     if ratios(facts):
         draw(facts, figure)
     console.print(f"wrote {arguments.out} and {figure} after {facts['seconds']} s")
-    return 0
+    for difference in differing(facts["curves"]):
+        console.print(f"trains differently: {difference}", highlight=False)
+    return 1 if differing(facts["curves"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
 """What the benchmark against PyTorch makes of its measurements."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 
-from benchmarks.network import versus_ddp
+
+@pytest.fixture
+def versus_ddp(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    return importlib.import_module("benchmarks.network.versus_ddp")
 
 
 def facts(**medians):
@@ -10,7 +17,7 @@ def facts(**medians):
     return {"networks": {n: {"cases": cases} for n in ("100mbit", "1gbit", "unshaped")}}
 
 
-def test_ratios_are_of_medians_and_know_their_goals():
+def test_ratios_are_of_medians_and_know_their_goals(versus_ddp):
     rows = versus_ddp.ratios(facts(bytegrad=50.0, ddp=200.0, local_sgd=30.0))
     assert [row["ratio"] for row in rows] == [0.25] * 3  # a pair needs both sides
     assert [row["target"] for row in rows] == [0.28, None, versus_ddp.UNSHAPED_TARGET]
@@ -25,11 +32,11 @@ def test_ratios_are_of_medians_and_know_their_goals():
         ([], 0.3, None),
     ],
 )
-def test_steps_to_a_loss(losses, target, steps):
+def test_steps_to_a_loss(versus_ddp, losses, target, steps):
     assert versus_ddp.steps_to(losses, target) == steps
 
 
-def test_steps_of_a_warm_up_take_the_time_of_an_all_reduce():
+def test_steps_of_a_warm_up_take_the_time_of_an_all_reduce(versus_ddp):
     cases = facts(qadam=10.0, bytegrad=10.0, gradient_allreduce=100.0)
     cases = cases["networks"]["100mbit"]["cases"]
     assert versus_ddp.seconds_to(None, "bytegrad", cases) is None
@@ -44,7 +51,7 @@ def test_steps_of_a_warm_up_take_the_time_of_an_all_reduce():
 @pytest.mark.parametrize(
     ("losses", "found"), [([2.0, 1.004], 0), ([2.0, 1.02], 1), ([2.0, None], 1)]
 )
-def test_a_case_in_one_program_must_train_alike(losses, found):
+def test_a_case_in_one_program_must_train_alike(versus_ddp, losses, found):
     def curve(values):
         return [(10 * k, loss) for k, loss in enumerate(values)]
 

@@ -77,7 +77,8 @@ def test_all_six_are_the_same_in_two_processes(lab):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
     """The coordinator is killed, then all are interrupted; one process finishes."""
-    changes = {"algorithms": ALGORITHMS[1:2], "steps": 3000, "eval_every": 1500}
+    # Long: on a busy machine the interrupt must still find it running.
+    changes = {"algorithms": ALGORITHMS[1:2], "steps": 8000, "eval_every": 4000}
     changes["checkpoint_every"] = 120
     assert lab.run(output="whole", **changes)[0] == 0
     config = lab.config(output=str(lab.root / "cut"), **changes)
@@ -110,7 +111,7 @@ def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
     assert lab.metrics("bytegrad", "cut") == lab.metrics("bytegrad", "whole")
     assert lab.state("bytegrad", "cut") == lab.state("bytegrad", "whole")
     left = (lab.folder("bytegrad", "cut") / "checkpoints").iterdir()
-    assert {path.name for path in left} == {"2880", "3000"}
+    assert {path.name for path in left} == {"7920", "8000"}
 
 
 # --- what is refused ---

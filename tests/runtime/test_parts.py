@@ -165,7 +165,9 @@ def test_what_an_exchange_reads_is_not_written_over():
 
     many = parts.split(workers, step, in_specs=workers.spec, donate_argnums=0)
     for k in range(20):
-        double, mean = many(jnp.full((1, 1000), 1.0 + k))
+        x = jnp.full((1, 1000), 1.0 + k)
+        double, mean = many(x)
+        assert not x.is_deleted()
         np.testing.assert_array_equal(double, np.full((1, 1000), 2.0 + 2 * k))
         np.testing.assert_array_equal(mean, np.full(1000, 3.0 + 3 * k))
 

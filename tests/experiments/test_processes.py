@@ -39,13 +39,18 @@ SUMS = ("gradient_allreduce", "qadam", "async_model_average")
 
 def launch(*argv: str, **popen) -> subprocess.Popen:
     """Start `bagua-jax launch`; what it and its processes print can be read."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "bagua_jax.experiments", "launch", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **popen,
-    )
+    # A child of a background job inherits that Ctrl-C is ignored; here it may not be.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "bagua_jax.experiments", "launch", *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **popen,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -77,8 +82,7 @@ def test_all_six_are_the_same_in_two_processes(lab):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
     """The coordinator is killed, then all are interrupted; one process finishes."""
-    # Long: on a busy machine the interrupt must still find it running.
-    changes = {"algorithms": ALGORITHMS[1:2], "steps": 8000, "eval_every": 4000}
+    changes = {"algorithms": ALGORITHMS[1:2], "steps": 3000, "eval_every": 1500}
     changes["checkpoint_every"] = 120
     assert lab.run(output="whole", **changes)[0] == 0
     config = lab.config(output=str(lab.root / "cut"), **changes)
@@ -111,7 +115,7 @@ def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
     assert lab.metrics("bytegrad", "cut") == lab.metrics("bytegrad", "whole")
     assert lab.state("bytegrad", "cut") == lab.state("bytegrad", "whole")
     left = (lab.folder("bytegrad", "cut") / "checkpoints").iterdir()
-    assert {path.name for path in left} == {"7920", "8000"}
+    assert {path.name for path in left} == {"2880", "3000"}
 
 
 # --- what is refused ---

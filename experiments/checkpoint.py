@@ -11,10 +11,14 @@ every file. So a checkpoint that was cut short, spoilt or made by another run is
 before it is read.
 """
 
+import functools
 import hashlib
 import logging
+import os
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,25 @@ __all__ = ["newest", "pack", "restore", "save", "unpack"]
 
 _SEAL = "seal.json"
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells the log of every save
+# orbax tells the log of every save, and of every error that it raises as well
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+@functools.cache
+def _hush_abandoned_writers() -> None:
+    """Keep pages of traces from burying the error of a full disk.
+
+    Where one of its writers fails, orbax raises that, and leaves the others alone: each
+    then complains that nobody waits for it any more.
+    """
+    logging.getLogger("asyncio").addFilter(lambda x: "orbax" not in x.getMessage())
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+
+    def hook(unraisable, before=sys.unraisablehook):
+        if str(unraisable.exc_value) != "Event loop is closed" or unraisable.object:
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _is_key(x: Any) -> bool:
@@ -102,22 +124,30 @@ def save(
     Raises:
         OSError: if the disk is full, or cannot be written for another reason.
     """
+    _hush_abandoned_writers()
+    place = folder / str(step)
     try:
         with _manager(folder) as manager:
             manager.save(step, args=ocp.args.StandardSave(pack(state)))
-    except ValueError as error:
-        system = re.search(r"([^:]+) \[os_error_code='\d+'\]", str(error))
-        if system is None:
+        if not processes.is_first():
+            return
+        write_json(place / _SEAL, {"identity": identity, "files": _hashes(place)})
+    except (OSError, ValueError) as error:
+        reason = _system_reason(error)
+        if reason is None:
             raise
-        reason = system[1].strip()
         raise OSError(_unwritten(folder, step, reason)) from error
-    if not processes.is_first():
-        return
-    place = folder / str(step)
-    write_json(place / _SEAL, {"identity": identity, "files": _hashes(place)})
     for old in _steps(folder)[keep:]:
         (folder / str(old) / _SEAL).unlink(missing_ok=True)  # never half there
         shutil.rmtree(folder / str(old))
+
+
+def _system_reason(error: Exception) -> str | None:
+    """Say what the system refused; tensorstore puts it into its text, anywhere."""
+    if isinstance(error, OSError):
+        return error.strerror
+    code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return os.strerror(int(code[1])) if code else None
 
 
 def _unwritten(folder: Path, step: int, reason: str) -> str:
@@ -133,7 +163,7 @@ def _unwritten(folder: Path, step: int, reason: str) -> str:
 
 def _steps(folder: Path) -> list[int]:
     """List the checkpoints that are there, finished or not, the newest first."""
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.glob("*")]  # none where there is no folder
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 

@@ -1,7 +1,11 @@
 """What goes wrong inside a run is reported where it happens, and loses nothing."""
 
+import contextlib
+import gc
 import resource
+import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -100,9 +104,25 @@ def test_replicas_are_compared_every_so_many_steps(lab, monkeypatch):
     assert seen == [5, 10]
 
 
-# orbax's own writers, whose event loop is gone when they hear that the disk is full
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# orbax's own writers, whose event loop is gone when they hear that the disk is full;
+# they complain when they are collected, which is to be in the test that left them
+on_full_disks = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@on_full_disks
 def test_a_full_disk_stops_the_run_and_spoils_nothing(lab, monkeypatch):
     changes = {"task": "digits", "algorithms": ["decentralized"]}
     lab.run(output="whole", **changes)
@@ -120,12 +140,8 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(lab, monkeypatch):
         with pytest.raises(Killed):
             lab.run(output="full", **changes)
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # bytes in a file
-    try:
+    with full_disk(room=4000):
         status, _, err = lab.run(output="full", **changes)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1
     assert "step 8 cannot be written to" in err and ": File too large. " in err, err
     assert "That of step 4 is whole: the same command continues from it" in err
@@ -135,6 +151,35 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(lab, monkeypatch):
     assert status == 0 and "continues after step 4" in out
     for look in (lab.metrics, lab.state):
         assert look("decentralized", "full") == look("decentralized", "whole")
+    gc.collect()
+
+
+def test_a_full_disk_is_told_in_one_line(lab):
+    changes = {"task": "digits", "output": str(lab.root / "runs")}
+    command = [sys.executable, "-m", "bagua_jax.experiments", "run"]
+    with full_disk(room=4000):
+        done = subprocess.run(
+            [*command, lab.config(**changes)], capture_output=True, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("bagua-jax: gradient_allreduce: checkpoint: step 4")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@on_full_disks
+@pytest.mark.parametrize("room", [100, 300, 1000])  # an array takes 1,350
+def test_whoever_meets_the_full_disk_says_so_alike(tmp_path, room):
+    """orbax's own files, the arrays' description, their numbers: in any order."""
+    state = {f"leaf {i}": jax.numpy.arange(600.0) + i for i in range(12)}
+    for step in range(1, 21):
+        with full_disk(room), pytest.raises(OSError) as caught:
+            checkpoint.save(tmp_path, step, state, {}, keep=1)
+        assert str(caught.value) == (
+            f"checkpoint: step {step} cannot be written to {tmp_path}: File too large. "
+            "There is none before it: the same command starts anew once there is room."
+        )
+        del caught
+    gc.collect()
 
 
 def test_what_was_altered_is_named(lab):

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from bagua_jax.primitives import AxisName, Errors
 
 __all__ = ["CompressedMeanState", "Plan", "choose_plan", "compressed_mean"]
 
-Plan = Literal["scatter_reduce", "all_gather", "linear_sum"]
+Plan = Literal["scatter_reduce", "all_gather", "linear_sum", "ring"]
 
 _TYPICAL = jax.ShapeDtypeStruct((2**16,), jnp.float32)  # to judge compressors by
 
@@ -54,6 +54,9 @@ def compressed_mean(
         \text{scatter\_reduce:}\quad & v = \tfrac1n \sum_i c^i + e_t,\quad u_t = C(v),
         \quad e_{t+1} = v - u_t
 
+        \text{ring:}\quad & v^i = c^{i-1} + \tfrac1n (g_t^i + d_t^i),\quad c^i = C(v^i),
+        \quad d_{t+1}^i = n (v^i - c^i),\quad u_t = c^n
+
     Many methods of the literature are choices of its arguments:
 
     ================================  ============================================
@@ -66,6 +69,7 @@ def compressed_mean(
     block-quantized all-reduce        ``blockwise(4, 512)``
     random-k with a common mask       ``randk(0.01, mask="shared")``
     f16 or bf16 compression           ``cast("bfloat16")``
+    the same by a ring all-reduce     ``cast("float16"), plan="ring"``
     ================================  ============================================
 
     Args:
@@ -75,9 +79,11 @@ def compressed_mean(
             averaged in full precision inside the node and nodes are the workers.
         plan: ``"linear_sum"`` adds payloads up in an all-reduce; ``"scatter_reduce"``
             gives every worker a part to add up and compress again; ``"all_gather"``
-            sends every payload to everybody. Where ``None`` the first for payloads
-            that may be summed, the last for stateful compressors and for payloads
-            below half a bit per element, else the second.
+            sends every payload to everybody; ``"ring"`` passes every part around all
+            workers, each of which adds its own and compresses again. Where ``None``
+            ``linear_sum`` for payloads that may be summed, ``all_gather`` for stateful
+            compressors and for payloads below half a bit per element, else
+            ``scatter_reduce``.
         error_feedback: where the errors d (``"worker"``) and e (``"owner"``) are kept:
             there, at ``"both"`` ends, or at ``"none"``. Where ``None``: none for
             unbiased compressors, else wherever something is compressed.
@@ -105,7 +111,8 @@ def compressed_mean(
     Communication:
         linear_sum: one all-reduce of the payload per bucket. scatter_reduce: one
         all-to-all and one all-gather of payloads of N/n. all_gather: one all-gather of
-        the payload, n-1 payloads sent per worker.
+        the payload, n-1 payloads sent per worker. ring: n-1 messages to the next
+        worker and one all-gather, of payloads of N/n.
 
     State:
         The errors, trees like params in float32, and the compressor's own state.
@@ -133,8 +140,7 @@ def compressed_mean(
     """
     caller = "compressed_mean"
     plan = choose_plan(compressor) if plan is None else plan
-    plans = ("scatter_reduce", "all_gather", "linear_sum")
-    checks.require_choice(caller, "plan", plan, plans)
+    checks.require_choice(caller, "plan", plan, get_args(Plan))
     if error_feedback is None:
         everywhere = "both" if plan == "scatter_reduce" else "worker"
         error_feedback = "none" if compressor.facts.unbiased else everywhere
@@ -170,6 +176,9 @@ def compressed_mean(
                     g, compressor, Errors(worker, owner), **where
                 )
                 return mean, *errors
+            if plan == "ring":
+                mean, worker = primitives.ring_mean(g, compressor, worker, **where)
+                return mean, worker, None
             run = getattr(
                 primitives, "linear_mean" if plan == "linear_sum" else "gather_mean"
             )
@@ -224,10 +233,10 @@ def _require_legal(compressor, plan, error_feedback, unsafe, axis_name) -> None:
             "plan='linear_sum' would add codes of different meaning. Use 'all_gather' "
             "or 'scatter_reduce'."
         )
-    if _is_stateful(compressor) and plan == "scatter_reduce":
+    if _is_stateful(compressor) and plan in ("scatter_reduce", "ring"):
         raise ValueError(
             f"compressed_mean: {facts.name} keeps state for a whole vector, and "
-            "plan='scatter_reduce' cuts it in parts. Use 'all_gather'."
+            f"plan={plan!r} cuts it in parts. Use 'all_gather'."
         )
     if _is_stateful(compressor) and not isinstance(axis_name, str):
         raise ValueError(
@@ -236,7 +245,7 @@ def _require_legal(compressor, plan, error_feedback, unsafe, axis_name) -> None:
         )
     if error_feedback in ("owner", "both") and plan != "scatter_reduce":
         raise ValueError(
-            f"compressed_mean: with plan={plan!r} no owner compresses anything, so "
+            f"compressed_mean: with plan={plan!r} no owner compresses a mean, so "
             f"error_feedback={error_feedback!r} has nothing to keep. Use 'worker'."
         )
     if facts.unbiased:

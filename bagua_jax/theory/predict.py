@@ -327,7 +327,7 @@ def _compressed_mean(
     if plan not in ("all_gather", "linear_sum"):
         raise _refusal(
             setting.name,
-            "plan 'scatter_reduce' compresses the mean a second time. Pass "
+            f"plan {plan or 'scatter_reduce'!r} compresses sums once more. Pass "
             "plan='all_gather'",
         )
     if error_feedback is None:

@@ -128,6 +128,12 @@ TRAJECTORIES = {
             LR, WHOLE_SPLIT, oracles.sign_l1, oracles.scatter_reduced
         ),
     ),
+    "compressed_mean-ring": (
+        lambda: sgd(alg.compressed_mean(topk(0.5), plan="ring", **two)),
+        lambda: oracles.compressed_mean(
+            LR, TWO_SPLIT, oracles.topk(0.5), oracles.ring_reduced
+        ),
+    ),
     "delayed_gradients": (
         lambda: sgd(alg.delayed_gradients(**two, staleness=3)),
         lambda: oracles.delayed_gradients(LR, 3),
@@ -275,13 +281,23 @@ class TestCompressedMean:
             ),
             (
                 compressors.powersgd(1),
+                {"plan": "ring"},
+                "plan='ring' cuts it in parts. Use 'all_gather'",
+            ),
+            (
+                topk(0.5),
+                {"plan": "ring", "error_feedback": "both"},
+                "plan='ring' no owner compresses a mean.*Use 'worker'",
+            ),
+            (
+                compressors.powersgd(1),
                 {"axis_name": ("node", "local")},
                 "a hierarchy .*exchanges shards. Use one axis",
             ),
             (
                 topk(0.001),
                 {"error_feedback": "both"},
-                "no owner compresses anything.*Use 'worker'",
+                "no owner compresses a mean.*Use 'worker'",
             ),
             (
                 topk(0.01),
@@ -319,8 +335,9 @@ class TestCompressedMean:
             (topk(0.2), "all_gather"),
             (randk(0.3, mask="shared", scaled=False), "linear_sum"),
             (sign("l1"), "scatter_reduce"),
+            (topk(0.3), "ring"),
         ],
-        ids=["all_gather", "linear_sum", "scatter_reduce"],
+        ids=["all_gather", "linear_sum", "scatter_reduce", "ring"],
     )
     def test_nothing_is_lost(self, compressor, plan):
         """Sum of updates = sum of mean gradients - what the errors hold."""

@@ -16,7 +16,7 @@ BAD_ARGUMENTS = [
     ("gradient_allreduce", {"bucket_bytes": 0}, r"bucket_bytes must be .* >= 1, got 0"),
     ("bytegrad", {"bucket_bytes": 1.5}, r"bucket_bytes must be an integer .* got 1.5"),
     ("bytegrad", {"error_feedback": "all"}, r"error_feedback must be .*'both'.*'all'"),
-    ("compressed_mean", {"plan": "ring"}, r"plan must be one of .*got 'ring'"),
+    ("compressed_mean", {"plan": "tree"}, r"plan must be one of .*got 'tree'"),
     ("compressed_mean", {"bucket_bytes": 0}, r"bucket_bytes must be .* >= 1, got 0"),
     ("compressed_mean", {"error_feedback": "all"}, r"error_feedback must be .*'all'"),
     ("delayed_gradients", {"staleness": -1}, r"staleness must be .* >= 0, got -1"),

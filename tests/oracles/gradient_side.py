@@ -57,6 +57,22 @@ def scatter_reduced(compress, x, worker, owner):
     return mean[:size], *unsent
 
 
+def ring_reduced(compress, x, worker, owner):
+    """A ring all-reduce compressed at every hop; the last part ends with the vector."""
+    n, size = x.shape
+    length = -(-size // n)
+    mean, unsent = np.zeros(size), np.zeros((n, size))
+    for k in reversed(range(n)):  # what overlaps is of the earlier part
+        part = slice(min(k * length, size - length), min((k + 1) * length, size))
+        share = 0
+        for i in [*range(k + 1, n), *range(k + 1)]:  # the owner last
+            v = share + (x + worker)[i, part] / n
+            share = compress(v)
+            unsent[i, part] = n * (v - share)
+        mean[part] = share
+    return mean, unsent, owner
+
+
 def compressed_mean(lr, buckets, compress, exchange):
     """SGD on the compressed mean with feedback wherever something is compressed."""
 

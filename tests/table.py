@@ -43,6 +43,16 @@ def scatter(compressor: Compressor = CODES, share: float = 1.0) -> Sends:
     return sends
 
 
+def around(compressor: Compressor) -> Sends:
+    """Parts around a ring of all workers, and means back: n - 1 payloads each way."""
+
+    def sends(n, sizes):
+        parts = sum(payload(compressor, math.ceil(d / n)) for d in sizes)
+        return 2 * (n - 1) * parts, n * len(sizes)
+
+    return sends
+
+
 def gather(compressor: Compressor, share: float = 1.0) -> Sends:
     """A payload to each of the others."""
 
@@ -155,6 +165,13 @@ ROWS = [
         {"compressor": compressors.sign("l1")},
         0.2,
         scatter(compressors.sign("l1")),
+        NO_CODEC,
+    ),
+    Row(
+        "compressed_mean",
+        {"compressor": CODES, "plan": "ring"},
+        0.1,
+        around(CODES),
         NO_CODEC,
     ),
     Row("delayed_gradients", {"staleness": 2}, 1e-3, plain={"staleness": 0}),

@@ -5,7 +5,8 @@ nothing, and it fuses what would be faster apart. :func:`split` cuts a step wher
 communicates, and where the library marked a place (a bucket that is packed, a mean that
 is about to be compressed). Exchanges then run on a thread of their own, in one order on
 all workers, while the step's other parts compute: that of the last layers' gradients
-overlaps the rest of the backward pass. The arithmetic, and so the result, is unchanged.
+overlaps the rest of the backward pass, and in a loop of steps the last messages of one
+overlap the forward pass of the next. The arithmetic, and so the result, is unchanged.
 """
 
 import functools
@@ -28,7 +29,9 @@ from bagua_jax.workers import Workers
 __all__ = ["Part", "Split", "split"]
 
 _SAME = P()  # equal on all workers
-_NAMING = ("pcast", "pvary", "reshape", "squeeze")  # the same numbers under new types
+_LONGEST_UNROLLED = 32  # turns of a loop around exchanges; each has programs of its own
+_CASTS = ("pcast", "pvary")
+_NAMING = (*_CASTS, "reshape", "squeeze")  # the same numbers under new types
 _EXCHANGE = re.compile(
     r"(unreduced_)?(p(sum|max|min|permute|broadcast)|psum_invariant|all_gather|"
     r"all_to_all|ragged_all_to_all|reduce_scatter|psum_scatter|psend|precv)"
@@ -89,10 +92,12 @@ def split(
     The function is traced to its operations and cut at every exchange and at every
     mark. Operations between cuts are compiled together, each before the first exchange
     that needs it. A branch around an exchange is chosen on the host: its condition is
-    computed first, so that the parts of the branch that is taken are known. (Loops
-    around exchanges, and branches whose condition needs an exchange, stay one part.)
-    Exchanges run on one thread, in an order that the function alone determines, where
-    this process has one device; else everything runs in turn.
+    computed first, so that the parts of the branch that is taken are known. A
+    ``lax.scan`` of up to 32 turns around exchanges is unrolled; its turns share their
+    compiled programs. (Longer loops, ``while_loop``, and branches whose condition needs
+    an exchange, stay one part.) Exchanges run on one thread, in an order that the
+    function alone determines, where this process has one device; else everything runs
+    in turn.
 
     Args:
         workers: on devices, one device a worker.
@@ -281,6 +286,8 @@ class _Traced:
         self._flat: dict[tuple, _Flat] = {}
         self._plans: dict[tuple, tuple[Part, ...]] = {}
         self._predicates: dict[tuple, Any] = {}
+        self._loops: dict[int, tuple[Any, Any]] = {}
+        self._programs: dict[Any, Any] = {}
 
     def plan(self, leaves) -> tuple[tuple[Part, ...], _Flat]:
         """Choose the branches for these arguments; give the parts to run."""
@@ -345,7 +352,10 @@ class _Traced:
                 if eqn.primitive.name in ("jit", "pjit", "closed_call"):
                     if _is_cut_inside(eqn):
                         inner, inputs = eqn.params["jaxpr"], reads
-                elif eqn.primitive.name == "cond" and here in choices:
+                elif (name := eqn.primitive.name) == "scan" and _is_unrolled(eqn):
+                    env.update(zip(eqn.outvars, unroll(eqn, reads, here), strict=True))
+                    continue
+                elif name == "cond" and here in choices:
                     inner = eqn.params["branches"][choices[here]]
                     inputs = reads[1:]
                 if inner is not None:
@@ -367,6 +377,25 @@ class _Traced:
                     operations.append(op)
                 env.update(zip(eqn.outvars, made, strict=True))
             return [read(v) for v in jaxpr.outvars]
+
+        def unroll(eqn, reads, path) -> list[Any]:
+            body, length = eqn.params["jaxpr"], eqn.params["length"]
+            num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+            fixed, carry = reads[:num_consts], reads[num_consts:][:num_carry]
+            stacks = reads[num_consts + num_carry :]
+            take, stack = self._rows(eqn)
+            rows = [0] * length
+            turns = range(length)
+            for turn in reversed(turns) if eqn.params["reverse"] else turns:
+                at = new(take.in_avals[0])
+                constants[at] = np.int32(turn)
+                here = (*path, turn)
+                row = inline(take.jaxpr, take.consts, [at, *stacks], here)
+                made = inline(body.jaxpr, body.consts, [*fixed, *carry, *row], here)
+                carry, rows[turn] = made[:num_carry], made[num_carry:]
+                cut(carry)  # the same programs, and roundings, as turn by turn
+            joined = [v for row in rows for v in row]
+            return [*carry, *inline(stack.jaxpr, stack.consts, joined, path)]
 
         inputs = [-1] * self._num_inputs
         arguments = []
@@ -396,6 +425,36 @@ class _Traced:
             _open_branches(operations),
         )
 
+    def _rows(self, eqn) -> tuple[Any, Any]:
+        """Trace what a loop does to its rows: take those of a turn, join all turns'."""
+        if id(eqn) not in self._loops:
+            first = eqn.params["num_consts"] + eqn.params["num_carry"]
+            stacked = [v.aval for v in eqn.invars[first:]]
+            made = [v.aval for v in eqn.params["jaxpr"].jaxpr.outvars]
+            made = made[eqn.params["num_carry"] :] * eqn.params["length"]
+
+            def take(turn, *stacks):
+                return [
+                    jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)
+                    for x in stacks
+                ]
+
+            def join(*rows):
+                width = len(rows) // eqn.params["length"]
+                return [jax.numpy.stack(rows[k::width]) for k in range(width)]
+
+            def trace():  # where values that differ between workers are known as such
+                turn = jax.ShapeDtypeStruct((), np.int32)
+                traced.append(jax.make_jaxpr(take)(turn, *stacked))
+                traced.append(jax.make_jaxpr(join)(*made))
+                return ()
+
+            traced: list[Any] = []
+            mesh = self._workers.mesh
+            jax.eval_shape(jax.shard_map(trace, mesh=mesh, in_specs=(), out_specs=()))
+            self._loops[id(eqn)] = traced[0], traced[1]
+        return self._loops[id(eqn)]
+
     # --- which operations run together, and when ---
 
     def _schedule(
@@ -404,41 +463,68 @@ class _Traced:
         """Divide operations into parts, which may write over spare values."""
         ops = flat.operations
         maker = {v: k for k, op in enumerate(ops) for v in op.makes}
-        needed = _ancestors(ops, maker, wanted)
-        exchanges = [k for k in needed if _is_exchange(ops[k].equation)]
+        before = [[maker[v] for v in op.numbers if v in maker] for op in ops]
+
+        def makers(values: Iterable[Any]) -> list[int]:
+            return [maker[v] for v in values if isinstance(v, int) and v in maker]
+
+        needed = _ancestors(before, makers(wanted))
+        exchanges = {k for k in needed if _is_exchange(ops[k].equation)}
         behind: dict[int, frozenset[int]] = {}  # exchanges that an operation needs
         # Repeated where they are needed, not passed: what needs no input, and other
-        # names of inputs, which a program could only give as copies.
+        # names of what ends a program, which it could only give as copies.
         fixed: set[int] = set()
         names: set[int] = set()
+        needs: dict[int, set[int]] = {}  # what must be done before: not what is fixed
         given = {*flat.inputs, *flat.constants}
         for k in needed:
-            before = [maker[v] for v in ops[k].numbers if v in maker]
-            own = {k} if k in exchanges else set()
-            behind[k] = frozenset(own.union(*(behind[b] for b in before)))
-            if ops[k].equation.primitive.name in _NAMING and names.issuperset(before):
+            own = exchanges & {k}
+            behind[k] = frozenset(own.union(*(behind[b] for b in before[k])))
+            needs[k] = set().union(
+                *(needs[b] if b in fixed else {b} for b in before[k])
+            )
+            name, reads = ops[k].equation.primitive.name, set(ops[k].numbers)
+            unnamed = reads & {v for b in set(before[k]) - names for v in ops[b].makes}
+            if name in _CASTS and unnamed <= flat.cuts.keys():
                 names.add(k)
-            elif not own and not given & set(ops[k].numbers) | set(before) - fixed:
-                fixed.add(k)
-        fixed |= names
-        depth: dict[int, int] = {}
-        for k in exchanges:
-            depth[k] = 1 + max((depth[e] for e in behind[k] - {k}), default=0)
-        exchanges.sort(key=lambda k: (depth[k], k))
+            elif name in _NAMING and not unnamed and not needs[k]:
+                names.add(k)
+            elif own or given & reads or set(before[k]) - (fixed - names):
+                continue
+            fixed.add(k)
+        exchanges = _in_order(sorted(exchanges), behind)
+        position = {k: i for i, k in enumerate(exchanges)}
+        # The last exchange that an operation waits for.
+        latest = {k: max((position[e] for e in behind[k]), default=-1) for k in needed}
 
         groups: list[tuple[str, list[int]]] = []
         done = set(fixed)
+        used_by: dict[int, list[int]] = {}
+        for k in needed:
+            for b in needs[k]:
+                used_by.setdefault(b, []).append(k)
+        came = [-1]  # exchanges that have been waited for, and so all before them
 
-        def compute(values: Iterable[Any]) -> None:
-            """Compute values, up to one cut after the other."""
-            missing = _ancestors(ops, maker, values, done)
+        def compute(ends: Iterable[int]) -> None:
+            """Run what these need; what waits for an exchange after what does not."""
+            ends = {m for k in ends for m in (needs[k] if k in fixed else {k})}
+            missing = _ancestors(needs, ends, done)
+            waits: dict[int, int] = {}
+            for k in reversed(missing):
+                users = [waits[u] for u in used_by.get(k, ()) if u in waits]
+                is_here = latest[k] <= came[-1]
+                waits[k] = min(users, default=came[-1]) if is_here else latest[k]
+            for last in sorted(set(waits.values())):
+                came.append(last)
+                upto_cuts([k for k in missing if waits[k] == last])
+
+        def upto_cuts(missing: list[int]) -> None:
+            """Take operations, up to one cut after the other."""
             for k in missing:
                 for v in ops[k].makes:
                     if v in flat.cuts and k not in done:
-                        makers = (maker.get(other) for other in flat.cuts[v])
-                        ends = [m for m in makers if m in missing]
-                        made = [v for m in ends for v in ops[m].makes]
-                        take(_ancestors(ops, maker, made, done))
+                        ends = [m for m in makers(flat.cuts[v]) if m in missing]
+                        take(_ancestors(needs, ends, done))
             take([k for k in missing if k not in done])
 
         def take(group: list[int]) -> None:
@@ -447,32 +533,29 @@ class _Traced:
                 done.update(group)
 
         for k in exchanges:
-            compute(ops[k].numbers)
+            compute(before[k])
             groups.append(("exchange", [k]))
             done.add(k)
-        position = {k: i for i, k in enumerate(exchanges)}
-        ends: dict[tuple[int, ...], list[Any]] = {}
-        for v in wanted:
-            if isinstance(v, int) and v in maker:
-                seen = sorted(position[e] for e in behind[maker[v]])
-                ends.setdefault(tuple(reversed(seen)), []).append(v)
-        for _, values in sorted(ends.items(), key=lambda end: end[0]):
-            compute(values)
+        ends: dict[tuple[int, ...], list[int]] = {}
+        for k in makers(wanted):
+            seen = sorted(position[e] for e in behind[k])
+            ends.setdefault(tuple(reversed(seen)), []).append(k)
+        for _, last in sorted(ends.items(), key=lambda end: end[0]):
+            compute(last)
 
-        return self._compile(flat, groups, fixed, maker, wanted, spare)
+        repeated = {k: [b for b in before[k] if b in fixed] for k in needed}
+        return self._compile(flat, groups, repeated, maker, wanted, spare)
 
-    def _compile(self, flat, groups, fixed, maker, wanted, spare) -> tuple[Part, ...]:
+    def _compile(self, flat, groups, repeated, maker, wanted, spare):
         ops = flat.operations
         result = {v for v in wanted if isinstance(v, int)}
-        loose = [v for v in result if maker.get(v) in fixed]
+        done = {k for _, group in groups for k in group}
+        loose = [k for k in {maker[v] for v in result if v in maker} if k not in done]
         if loose:
-            groups = [*groups, ("compute", _ancestors(ops, maker, loose))]
+            groups = [*groups, ("compute", _ancestors(repeated, loose))]
         bodies, reads, makes = [], [], []
         for _, group in groups:
-            inside = [v for k in group for v in ops[k].numbers]
-            free = [maker[v] for v in inside if maker.get(v) in fixed]
-            extra = _ancestors(ops, maker, [v for k in free for v in ops[k].makes])
-            body = sorted({*group, *extra})
+            body = _ancestors(repeated, group)
             inner = {v for k in body for v in ops[k].makes}
             used = dict.fromkeys(v for k in body for v in ops[k].numbers)
             bodies.append(body)
@@ -493,7 +576,9 @@ class _Traced:
         ):
             m = [v for v in m if v in alive]
             frees = [v for v in r if v not in after]
-            over = (set(frees) & set(spare)) - lent
+            over = set(frees) & set(spare)
+            if kind == "compute":
+                over -= lent
             parts.append(self._part(kind, flat, body, r, m, frees, over, whole))
             after.update(r)
         return tuple(reversed(parts))
@@ -549,7 +634,24 @@ class _Traced:
             if v in over and arguments[k] in room:
                 room.remove(arguments[k])
                 donated.append(k)
-        run = jax.jit(mapped, donate_argnums=donated)
+        # A loop's turns are the same equations: most of their programs are the same.
+        places: dict[int, int] = {}
+
+        def named(values) -> tuple[int, ...]:
+            return tuple(
+                places.setdefault(v, len(places)) if isinstance(v, int) else -id(v)
+                for v in values
+            )
+
+        operations = [flat.operations[k] for k in body]
+        same = (
+            tuple((id(o.equation), named(o.reads), named(o.makes)) for o in operations),
+            (*named(reads), *map(is_scalar, reads), *arguments),
+            (*named(makes), *map(is_scalar, makes), *donated),
+        )
+        if same not in self._programs:
+            self._programs[same] = jax.jit(mapped, donate_argnums=donated)
+        run = self._programs[same]
         return Part(kind, run, tuple(reads), tuple(makes), tuple(frees), arguments)
 
 
@@ -590,15 +692,38 @@ def _in_rounds(all_to_all, x: jax.Array, n: int, message_bytes: int) -> jax.Arra
     return rows.reshape(x.shape)
 
 
-def _ancestors(ops, maker, values, done: Collection[int] = ()) -> list[int]:
-    """Operations that values need and that are not done, in order."""
+def _in_order(exchanges: Iterable[int], behind: dict[int, frozenset[int]]) -> list[int]:
+    """Order exchanges, on all workers alike: phase by phase.
+
+    A phase begins with what is computed first. If it only goes on with messages of the
+    phase before, all is there at once: then what is needed first goes first, so that
+    the next step's forward pass begins while this one's last messages are under way.
+    """
+    depth: dict[int, int] = {}
+    goes_on: set[int] = set()
+    for k in exchanges:
+        depths = [depth[e] for e in behind[k] if e != k]
+        depth[k] = 1 + max(depths, default=0)
+        if depths.count(depth[k] - 1) == 1:
+            goes_on.add(k)
+    needed = dict.fromkeys(depth, len(behind))  # by what needs others of its phase too
+    for position, k in enumerate(sorted(behind)):
+        for e in behind[k] & goes_on:
+            if any(depth[other] == depth[e] for other in behind[k] if other != e):
+                needed[e] = position
+                goes_on.remove(e)
+    return sorted(depth, key=lambda k: (depth[k], needed[k], k))
+
+
+def _ancestors(before, ends: Iterable[int], done: Collection[int] = ()) -> list[int]:
+    """Operations behind these ends, and these, that are not done, in order."""
     found: set[int] = set()
-    stack = [maker[v] for v in values if isinstance(v, int) and v in maker]
+    stack = list(ends)
     while stack:
         k = stack.pop()
         if k not in found and k not in done:
             found.add(k)
-            stack += [maker[v] for v in ops[k].numbers if v in maker]
+            stack += before[k]
     return sorted(found)
 
 
@@ -628,6 +753,10 @@ def _is_cut_inside(eqn: Any) -> bool:
         group_of(e) is not None or _is_exchange(e) or _is_cut_inside(e)
         for e in _inner(eqn)
     )
+
+
+def _is_unrolled(eqn: Any) -> bool:
+    return eqn.params["length"] <= _LONGEST_UNROLLED and _is_exchange(eqn)
 
 
 def _inner(eqn: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """A step in several programs: the same numbers, the same wire, exchanges apart."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +106,150 @@ def test_same_numbers_and_bytes_as_one_program(name, message_bytes, donated):
                 np.testing.assert_allclose(raw(a), raw(b), rtol=1e-5, atol=1e-6)
     counted = wire.count(one.lower(state, batch(0)).compile())
     assert np.mean(sent) == pytest.approx(counted.bytes_per_worker)
+
+
+@pytest.mark.parametrize("donated", [(), 0])
+@pytest.mark.parametrize("name", CASES)
+def test_a_loop_of_steps_is_the_steps_one_by_one(name, donated):
+    workers, state, step, specs = prepare(name)
+    turns = [batch(t) for t in range(4)]
+    one = workers.spmd(step, in_specs=specs)
+    many = parts.split(
+        workers,
+        lambda state, batches: jax.lax.scan(step, state, batches),
+        in_specs=specs,
+        donate_argnums=donated,
+    )
+    expected, got, losses, counted = state, jax.tree.map(jnp.copy, state), [], 0
+    for x in turns:
+        counted += wire.count(one.lower(expected, x).compile()).bytes_per_worker
+        expected, loss = one(expected, x)
+        losses.append(loss)
+    stacked = np.stack(turns, 1)
+    sent = many.count(got, stacked).bytes_per_worker
+    if name not in ("qadam", "local_sgd", "decentralized"):  # count averages branches
+        assert sent == counted
+    got, losses_got = many(got, stacked)
+    np.testing.assert_array_equal(losses_got, np.stack(losses, 1))
+    for a, b in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
+        assert a.sharding == b.sharding and a.dtype == b.dtype
+        np.testing.assert_array_equal(raw(a), raw(b))
+
+
+def test_turns_of_a_loop_share_programs():
+    workers, state, step, specs = prepare("bytegrad")
+    loop = lambda state, batches: jax.lax.scan(step, state, batches)  # noqa: E731
+    many = parts.split(workers, loop, in_specs=specs)
+    programs = {}
+    for turns in (4, 8):
+        found = many.parts(state, np.stack([batch(0)] * turns, 1))
+        programs[turns] = len(found), len({id(part.program) for part in found})
+    assert programs[8][0] > 1.9 * programs[4][0]
+    assert programs[8][1] <= programs[4][1] + 2  # of rows and losses, 4 or 8 of them
+
+
+def test_next_forward_pass_starts_under_the_last_messages():
+    workers = Workers.devices(N)
+    tx = REGISTRY["compressed_mean"].factory(
+        axis_name="workers",
+        compressor=compressors.cast("float16"),
+        plan="ring",
+        error_feedback="none",
+        bucket_bytes=4 * 64,
+    )
+    weights = [np.full((8, 8), 0.1, np.float32)] * 4  # a bucket each
+
+    def step(weights, x):
+        def loss_fn(weights):
+            y = x
+            for w in weights:
+                y = jnp.tanh(y @ w)
+            return jnp.mean(y)
+
+        loss, grads = jax.value_and_grad(loss_fn)(worker_local(weights, "workers"))
+        updates, _ = tx.update(grads, tx.init(weights))
+        return jax.tree.map(jnp.subtract, weights, updates), loss
+
+    loop = lambda weights, xs: jax.lax.scan(step, weights, xs)  # noqa: E731
+    xs = np.ones((N, 2, 3, 8), np.float32)
+    many = parts.split(workers, loop, (P(), workers.spec)).parts(weights, xs)
+    gathers = [k for k, part in enumerate(many) if has(part, "all_gather")]
+    assert len(gathers) == 2 * 4  # a turn's buckets
+    (last,) = many[gathers[3]].makes
+    is_read = next(k for k, part in enumerate(many) if last in part.reads)
+    between = range(gathers[3], is_read)
+    # Three of four layers, before the last bucket has come.
+    assert sum(count_dots(many[k]) for k in between) == 3
+
+
+def has(part, name):
+    return name in str(part.program.trace(*part.arguments).jaxpr)
+
+
+def loop_backwards(x, rows):
+    def turn(x, row):
+        mean = primitives.c_fp_s(x * row["a"], axis_name="workers")
+        return worker_local(mean + row["b"], "workers"), (jnp.sum(x), row["a"] - mean)
+
+    return jax.lax.scan(turn, x, rows, reverse=True)
+
+
+def loop_without_rows(x, rows):
+    def turn(x, _):
+        return worker_local(
+            primitives.c_fp_s(x + 1, axis_name="workers"), "workers"
+        ), {}
+
+    return jax.lax.scan(turn, x, length=3)
+
+
+def loop_that_counts(x, rows):
+    def turn(k, x):
+        scaled = x * k + rows["b"][k]
+        return worker_local(primitives.c_fp_s(scaled, axis_name="workers"), "workers")
+
+    return jax.lax.fori_loop(0, 3, turn, x)
+
+
+def loop_in_a_loop(x, rows):
+    def turn(x, row):
+        x, sums = loop_backwards(x, {"a": rows["a"] * row["a"][None], "b": rows["b"]})
+        return x, sums[0]
+
+    return jax.lax.scan(turn, x, rows)
+
+
+@pytest.mark.parametrize(
+    "loop", [loop_backwards, loop_without_rows, loop_that_counts, loop_in_a_loop]
+)
+def test_loops_are_unrolled_as_they_run(loop):
+    workers = Workers.devices(N)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((N, 5)).astype(np.float32)
+    rows = {k: rng.standard_normal((N, 3, 5)).astype(np.float32) for k in "ab"}
+    specs = (workers.spec, workers.spec)
+    many = parts.split(workers, loop, in_specs=specs)
+    expected, got = workers.spmd(loop, in_specs=specs)(x, rows), many(x, rows)
+    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-6)
+    turns = 9 if loop is loop_in_a_loop else 3
+    kinds = [part.kind for part in many.parts(x, rows)]
+    assert kinds.count("exchange") == turns
+
+
+def test_a_long_loop_stays_one_part():
+    workers = Workers.devices(N)
+
+    def step(x):
+        def turn(x, _):
+            mean = primitives.c_fp_s(x, axis_name="workers")
+            return x - worker_local(mean, "workers"), mean
+
+        return jax.lax.scan(turn, 2 * x, length=33)
+
+    x = np.arange(2.0 * N, dtype=np.float32).reshape(N, 2)
+    many = parts.split(workers, step, in_specs=workers.spec)
+    assert [part.kind for part in many.parts(x)].count("exchange") == 1
+    chex.assert_trees_all_equal(many(x), workers.spmd(step, workers.spec)(x))
 
 
 def count_dots(part):

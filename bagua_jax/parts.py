@@ -328,6 +328,7 @@ class _Traced:
         cuts: dict[int, tuple[int, ...]] = {}
 
         named: dict[str, list[Any]] = {}  # values of marks of one group
+        alone: set[Any] = set()  # values of marks without a group
 
         def cut(values) -> None:
             together = tuple(v for v in values if isinstance(v, int))
@@ -371,6 +372,14 @@ class _Traced:
                         named.setdefault(group, []).extend(made)
                     else:
                         cut(made)
+                        # Of two marks in a row the second counts: a vector is packed
+                        # and filled up at once.
+                        for op in reversed(operations):
+                            if made[0] in op.makes:
+                                for v in alone.intersection(op.numbers):
+                                    cuts.pop(v, None)
+                                break
+                        alone.update(made)
                 else:
                     made = [new(v.aval) for v in eqn.outvars]
                     op = _Operation(eqn, tuple(reads), tuple(made), here)

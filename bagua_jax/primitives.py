@@ -651,8 +651,10 @@ def _scatter_reduce(x, compressor, errors, axis_name, key):
     corrected = x.astype(part.dtype)
     if errors.worker is not None:
         corrected = corrected + errors.worker
-    parts = _pad(corrected, n * length, padding).reshape(n, length)
-    payload = encode(parts, to_owners)
+    filled = corrected
+    if n * length != total:
+        filled = mark(_pad(corrected, n * length, padding))
+    payload = encode(filled.reshape(n, length), to_owners)
     one = jax.eval_shape(lambda p: jax.tree.map(lambda a: a[0], p), payload)
     if errors.worker is not None:
         sent = decode(payload).reshape(-1)[:total]

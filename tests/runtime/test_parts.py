@@ -182,6 +182,24 @@ def test_next_forward_pass_starts_under_the_last_messages():
     assert sum(count_dots(many[k]) for k in between) == 3
 
 
+def test_a_vector_is_packed_and_filled_up_by_one_program():
+    workers = Workers.devices(N)
+    tx = REGISTRY["bytegrad"].factory(axis_name="workers")
+
+    def step(a, b):
+        updates, _ = tx.update([a, b], tx.init([a, b]))
+        return updates
+
+    arguments = np.ones((N, 5), np.float32), np.ones((N, 6), np.float32)
+    specs = (workers.spec, workers.spec)
+    many = parts.split(workers, step, specs).parts(*arguments)
+    first = [part.kind for part in many].index("exchange")
+    pack, encode = many[first - 2 : first]
+    assert [a.shape for a in encode.arguments] == [(N * 12,)]  # 11, filled up to 12
+    assert has(pack, "concatenate") and has(pack, "_pad")
+    assert has(encode, "reduce_min") and not has(encode, "_pad")
+
+
 def has(part, name):
     return name in str(part.program.trace(*part.arguments).jaxpr)
 

@@ -108,8 +108,9 @@ def test_same_numbers_and_bytes_as_one_program(name, message_bytes, donated):
     assert np.mean(sent) == pytest.approx(counted.bytes_per_worker)
 
 
-@pytest.mark.parametrize("donated", [(), 0])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "donated"), [*((name, ()) for name in CASES), ("f16", 0)]
+)
 def test_a_loop_of_steps_is_the_steps_one_by_one(name, donated):
     workers, state, step, specs = prepare(name)
     turns = [batch(t) for t in range(4)]

@@ -33,7 +33,7 @@ HALF = {
     "bucket_bytes": 4 * 2**20,
 }
 CASES = {
-    "gradient_allreduce": Case("gradient_allreduce", ONE_BUCKET),
+    "gradient_allreduce": Case("gradient_allreduce", ONE_BUCKET, steps_a_call=8),
     "f16": Case("compressed_mean", HALF, unshaped=TWO_BUCKETS, steps_a_call=8),
     "f16_allreduce": Case("gradient_allreduce", {"bucket_bytes": 2**21}, half=True),
     "bytegrad": Case("bytegrad", TWO_BUCKETS, unshaped=ONE_BUCKET),

@@ -389,7 +389,7 @@ class _Traced:
 
         def unroll(eqn, reads, path) -> list[Any]:
             body, length = eqn.params["jaxpr"], eqn.params["length"]
-            num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+            num_consts, num_carry = _loop_sizes(eqn)
             fixed, carry = reads[:num_consts], reads[num_consts:][:num_carry]
             stacks = reads[num_consts + num_carry :]
             take, stack = self._rows(eqn)
@@ -437,10 +437,10 @@ class _Traced:
     def _rows(self, eqn) -> tuple[Any, Any]:
         """Trace what a loop does to its rows: take those of a turn, join all turns'."""
         if id(eqn) not in self._loops:
-            first = eqn.params["num_consts"] + eqn.params["num_carry"]
-            stacked = [v.aval for v in eqn.invars[first:]]
+            num_consts, num_carry = _loop_sizes(eqn)
+            stacked = [v.aval for v in eqn.invars[num_consts + num_carry :]]
             made = [v.aval for v in eqn.params["jaxpr"].jaxpr.outvars]
-            made = made[eqn.params["num_carry"] :] * eqn.params["length"]
+            made = made[num_carry:] * eqn.params["length"]
 
             def take(turn, *stacks):
                 return [
@@ -766,6 +766,14 @@ def _is_cut_inside(eqn: Any) -> bool:
 
 def _is_unrolled(eqn: Any) -> bool:
     return eqn.params["length"] <= _LONGEST_UNROLLED and _is_exchange(eqn)
+
+
+def _loop_sizes(eqn: Any) -> tuple[int, int]:
+    """Count a loop's constants and carried values; later JAX keeps trees of them."""
+    if "ft_in" in eqn.params:
+        constants, carried, _ = eqn.params["ft_in"].unpack()
+        return len(constants), len(carried)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
 def _inner(eqn: Any) -> list[Any]:

@@ -15,7 +15,8 @@ def mark(x: jax.Array, group: str = "") -> jax.Array:
 
     XLA fuses what makes a vector into everything that reads it, and so makes it again
     for each reader. Only :func:`bagua_jax.parts.split` looks at marks. Otherwise this
-    is the identity, and leaves nothing in a compiled program.
+    is the identity, and leaves nothing in a compiled program. Of two marks with one
+    operation between them, both without a group, the second counts.
 
     Args:
         x: any array.

@@ -393,7 +393,7 @@ class _Traced:
             fixed, carry = reads[:num_consts], reads[num_consts:][:num_carry]
             stacks = reads[num_consts + num_carry :]
             take, stack = self._rows(eqn)
-            rows = [0] * length
+            rows: list[list[Any]] = [[]] * length
             turns = range(length)
             for turn in reversed(turns) if eqn.params["reverse"] else turns:
                 at = new(take.in_avals[0])
@@ -585,9 +585,7 @@ class _Traced:
         ):
             m = [v for v in m if v in alive]
             frees = [v for v in r if v not in after]
-            over = set(frees) & set(spare)
-            if kind == "compute":
-                over -= lent
+            over = (set(frees) & set(spare)) - lent
             parts.append(self._part(kind, flat, body, r, m, frees, over, whole))
             after.update(r)
         return tuple(reversed(parts))

@@ -114,7 +114,7 @@ def test_same_numbers_and_bytes_as_one_program(name, message_bytes, donated):
 def test_a_loop_of_steps_is_the_steps_one_by_one(name, donated):
     workers, state, step, specs = prepare(name)
     turns = [batch(t) for t in range(4)]
-    one = workers.spmd(step, in_specs=specs)
+    one = parts.split(workers, step, in_specs=specs)
     many = parts.split(
         workers,
         lambda state, batches: jax.lax.scan(step, state, batches),
@@ -123,13 +123,11 @@ def test_a_loop_of_steps_is_the_steps_one_by_one(name, donated):
     )
     expected, got, losses, counted = state, jax.tree.map(jnp.copy, state), [], 0
     for x in turns:
-        counted += wire.count(one.lower(expected, x).compile()).bytes_per_worker
+        counted += one.count(expected, x).bytes_per_worker
         expected, loss = one(expected, x)
         losses.append(loss)
     stacked = np.stack(turns, 1)
-    sent = many.count(got, stacked).bytes_per_worker
-    if name not in ("qadam", "local_sgd", "decentralized"):  # count averages branches
-        assert sent == counted
+    assert many.count(got, stacked).bytes_per_worker == counted > 0
     got, losses_got = many(got, stacked)
     np.testing.assert_array_equal(losses_got, np.stack(losses, 1))
     for a, b in zip(*map(jax.tree.leaves, (expected, got)), strict=True):

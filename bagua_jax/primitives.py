@@ -698,9 +698,8 @@ def ring_mean(
 ) -> tuple[jax.Array, jax.Array | None]:
     r"""Average vectors in a ring all-reduce whose sums are compressed at every hop.
 
-    The vector is cut into n parts of ceil(N/n), of which the last ends where the vector
-    ends and may overlap others. Part k sets out at worker k+1 and comes around to
-    worker k, its owner; j = 1..n are the workers in that order.
+    The vector is filled up and cut into n parts of ceil(N/n). Part k sets out at worker
+    k+1 and comes around to worker k, its owner; j = 1..n are the workers in that order.
 
     .. math::
         v_j = c_{j-1} + \tfrac1n (x_j + d_j),\quad c_j = C(v_j),\quad
@@ -745,8 +744,8 @@ def ring_mean(
     """
     if x.size == 0:
         return _nothing(x), error
-    axis = peer_axis(axis_name)
-    shard = node_shard(x, axis_name, "ring_mean", compressor.facts.padding)
+    axis, padding = peer_axis(axis_name), compressor.facts.padding
+    shard = node_shard(x, axis_name, "ring_mean", padding)
     value = shard.value.astype(_accumulator(x))
     if error is not None:
         value = value + shard.take(error)
@@ -757,12 +756,15 @@ def ring_mean(
     index = lax.axis_index(axis)
     keys = None if key is None else jax.random.split(worker_key(key, axis), n)
     around = tuple((worker, (worker + 1) % n) for worker in range(n))
+    if n * length != total:
+        value = mark(_pad(value, n * length, padding))
 
     def add_own(k, arrived, unsent):
         number = (index - 1 - k) % n
-        start = jnp.minimum(number * length, total - length)
-        v = lax.dynamic_slice_in_dim(value, start, length) / n
+        v = lax.dynamic_slice_in_dim(value, number * length, length) / n
         v = v if arrived is None else decode(arrived) + v
+        if padding == "zero" and n * length != total:
+            v = jnp.where(number * length + jnp.arange(length) < total, v, 0)
         payload, _ = compressor.compress(None if keys is None else keys[k], v, ())
         if unsent is not None:
             unsent = unsent.at[number].set(n * (v - decode(payload)))
@@ -779,11 +781,6 @@ def ring_mean(
     def row(payload):
         return jax.tree.map(lambda a: a[None], payload)
 
-    def join(parts):  # [n, length] -> [total]
-        whole, rest = divmod(total, length)
-        ends = parts[whole, length - rest :] if rest else parts[0, :0]
-        return jnp.concatenate([parts[:whole].reshape(-1), ends])
-
     unsent = None
     if error is not None:
         unsent = vary_like(jnp.zeros((n, length), value.dtype), value)
@@ -795,9 +792,9 @@ def ring_mean(
         carry = lax.fori_loop(1, n, hop, carry)
     payload, unsent = carry
     decoded = mark(jax.vmap(decode)(_gather_parts(row(payload), payload, axis_name)))
-    mean = jax.vmap(join)(decoded.reshape(-1, n, length)).reshape(-1)[: x.shape[0]]
+    mean = decoded.reshape(-1, n * length)[:, :total].reshape(-1)[: x.shape[0]]
     if unsent is not None:
-        error = shard.put(join(unsent))
+        error = shard.put(unsent.reshape(-1)[:total])
     return _narrow(mean, x.dtype), error
 
 

@@ -30,7 +30,9 @@ class CompressorFacts(NamedTuple):
         linear: payloads may be summed elementwise and the sum decompressed.
         padding: how a vector's tail is filled up to whole partitions so that the
             filling never changes the code of a real element: ``"zero"``, or ``"edge"``
-            (a copy of the last element) for codes that depend on a range.
+            (a copy of the last element) for codes that depend on a range. Where a code
+            depends on its element alone, ``"edge"``, too: XLA compiles it into the
+            packing of the vector, and zeros as a copy of their own.
         attained: ``d -> x`` of d elements whose relative error is omega, or 1 - delta;
             it gives ``None`` for a d whose bound no vector reaches.
         assumes: what omega or delta need beyond finite elements in the normal range of

@@ -73,5 +73,6 @@ def cast(dtype: DTypeLike) -> Compressor:
         delta=lambda d: 1 - (unit / (1 + unit)) ** 2,
         payload_bytes=lambda like: math.prod(like.shape) * np.dtype(wire).itemsize,
         source="round to nearest even, normal range",
+        padding="edge",
     )
     return Compressor(stateless, compress, decompress, facts)

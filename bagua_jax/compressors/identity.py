@@ -42,5 +42,6 @@ def identity() -> Compressor:
         ),
         linear=True,
         source="by definition",
+        padding="edge",
     )
     return Compressor(stateless, compress, decompress, facts)

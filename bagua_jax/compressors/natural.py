@@ -94,6 +94,7 @@ def natural() -> Compressor:
         omega=lambda d: 1 / 8,
         payload_bytes=payload_bytes,
         source="derived; sharp",
+        padding="edge",
         attained=lambda d: np.full(d, 4 / 3),
         assumes="magnitudes below 2^127",
     )

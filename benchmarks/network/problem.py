@@ -24,11 +24,11 @@ def num_params() -> int:
 
 
 def first_weights() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Draw He's initial kernels [inputs, outputs] and zero biases, layer by layer."""
+    """Draw He's initial weights [outputs, inputs] and zero biases, layer by layer."""
     rng = np.random.default_rng(0)
     return [
         (
-            (rng.standard_normal((i, o)) * np.sqrt(2 / i)).astype(np.float32),
+            (rng.standard_normal((o, i)) * np.sqrt(2 / i)).astype(np.float32),
             np.zeros(o, np.float32),
         )
         for i, o in zip(SIZES[:-1], SIZES[1:], strict=True)

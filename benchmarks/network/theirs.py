@@ -40,10 +40,10 @@ class Lockstep:
 
         self._torch, self._dist, self._images, self._count = torch, dist, images, 0
         layers: list[torch.nn.Module] = []
-        for kernel, bias in problem.first_weights():
-            layer = torch.nn.Linear(*kernel.shape)
+        for weight, bias in problem.first_weights():
+            layer = torch.nn.Linear(*weight.shape[::-1])
             with torch.no_grad():
-                layer.weight.copy_(torch.from_numpy(kernel.T))
+                layer.weight.copy_(torch.from_numpy(weight))
                 layer.bias.copy_(torch.from_numpy(bias))
             layers += [layer, torch.nn.ReLU()]
         self._module = torch.nn.Sequential(*layers[:-1])

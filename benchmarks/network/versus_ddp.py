@@ -55,8 +55,11 @@ class Pair(NamedTuple):
 
 PAIRS = (
     Pair("gradient_allreduce", "ddp", 1.02),
-    Pair("gradient_allreduce, one program", "ddp", 1.02),  # one bucket overlaps nothing
+    Pair("gradient_allreduce, one program", "ddp", 1.02),
+    Pair("ring_allreduce", "ddp", 1.02),
+    Pair("ring_allreduce, one program", "ddp", 1.02),
     Pair("f16", "ddp_fp16", 1.0),
+    Pair("f16, one program", "ddp_fp16", 1.0),
     Pair("f16_allreduce", "ddp_fp16", 1.0),
     Pair("bytegrad", "ddp", 0.28),
     Pair("powersgd1", "ddp_powersgd1", 0.9),

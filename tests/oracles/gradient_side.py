@@ -58,19 +58,22 @@ def scatter_reduced(compress, x, worker, owner):
 
 
 def ring_reduced(compress, x, worker, owner):
-    """A ring all-reduce compressed at every hop; the last part ends with the vector."""
+    """A ring all-reduce compressed at every hop; the last part filled up with zeros."""
     n, size = x.shape
     length = -(-size // n)
-    mean, unsent = np.zeros(size), np.zeros((n, size))
-    for k in reversed(range(n)):  # what overlaps is of the earlier part
-        part = slice(min(k * length, size - length), min((k + 1) * length, size))
-        share = 0
+    corrected = np.zeros((n, n * length))
+    corrected[:, :size] = x + worker
+    mean, unsent = np.zeros(n * length), np.zeros((n, n * length))
+    for k in range(n):
+        part = slice(k * length, (k + 1) * length)
+        share = np.zeros(length)
         for i in [*range(k + 1, n), *range(k + 1)]:  # the owner last
-            v = share + (x + worker)[i, part] / n
+            v = share + corrected[i, part] / n
+            v[max(size - k * length, 0) :] = 0
             share = compress(v)
             unsent[i, part] = n * (v - share)
         mean[part] = share
-    return mean, unsent, owner
+    return mean[:size], unsent[:, :size], owner
 
 
 def compressed_mean(lr, buckets, compress, exchange):

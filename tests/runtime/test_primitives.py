@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from oracles import topologies as matrices
 from oracles.codec import minmax_uint8
+from oracles.gradient_side import ring_reduced, sign_l1
 from oracles.scatter_reduce import bounds
 from oracles.scatter_reduce import c_lp_s as oracle_c_lp_s
 
@@ -27,7 +28,7 @@ from bagua_jax.workers import make_mesh
 
 PLACES = {"simulate": bagua_jax.Workers.simulate, "devices": bagua_jax.Workers.devices}
 MINMAX, IDENTITY = compressors.minmax_uint8(), compressors.identity()
-STOCHASTIC = compressors.qsgd(3)
+STOCHASTIC, SIGN = compressors.qsgd(3), compressors.sign("l1")
 BF16, F16 = compressors.cast("bfloat16"), compressors.cast("float16")
 both_places = pytest.mark.parametrize("place", PLACES)
 
@@ -94,18 +95,18 @@ def scatter_reduced(compress, x):
 
 
 def ringed(compress, x):
-    """A ring all-reduce that compresses at every hop; parts at the end overlap."""
+    """A ring all-reduce that compresses at every hop; filled up with its last entry."""
     n, size = x.shape
     length = -(-size // n)
-    out = np.zeros(size)
-    for k in reversed(range(n)):
-        end = min((k + 1) * length, size)
+    filled = np.pad(x, ((0, 0), (0, n * length - size)), mode="edge")
+    out = np.zeros((n, length))
+    for k in range(n):
         share = np.zeros(1, np.float32)
         for hop in range(1, n + 1):
-            own = x[(k + hop) % n, end - length : end]
+            own = filled[(k + hop) % n, k * length : (k + 1) * length]
             share = compress(share + own / np.float32(n))
-        out[end - length : end] = share
-    return np.broadcast_to(out, x.shape)
+        out[k] = share
+    return np.broadcast_to(out.reshape(-1)[:size], x.shape)
 
 
 def mixed(name, step, x):
@@ -619,6 +620,40 @@ def test_padding_takes_no_part_in_a_range(place, shape):
                 n = shape if isinstance(shape, int) else shape[0]
                 levels = (n + 1) / 4
             assert error <= 1.1 * levels / 255, (name, size)
+
+
+@both_places
+@pytest.mark.parametrize("size", [3, 9, 13])
+def test_zeros_that_fill_up_take_no_part_in_a_scale(place, size):
+    """A sign of nothing is +1: what fills up is zero again before the next hop."""
+    workers, x = PLACES[place](8), random(8, size)
+    zeros = np.zeros((8, size), np.float32)
+    got = everywhere(
+        workers,
+        lambda x, d: primitives.ring_mean(x, SIGN, d, axis_name="workers"),
+        x,
+        zeros,
+    )
+    expected = ring_reduced(sign_l1, np.float64(x), zeros, None)
+    np.testing.assert_allclose(got[0], np.broadcast_to(expected[0], x.shape), atol=1e-6)
+    np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
+
+
+def test_filling_up_is_compiled_into_the_packing():
+    """Where any filling would do: of zeros XLA makes a copy of the whole vector."""
+    workers, like = Workers.devices(4), jnp.zeros((4, 1001))
+
+    def program(compressor):
+        def mean(x):
+            vector = jnp.concatenate([x, 2 * x])
+            return primitives.ring_mean(vector, compressor, axis_name="workers")[0]
+
+        run = workers.spmd(mean, in_specs=workers.spec)
+        return run.lower(like).compile().as_text()
+
+    assert " pad(" in program(SIGN)
+    for compressor in (IDENTITY, F16):
+        assert " pad(" not in program(compressor), compressor.facts.name
 
 
 def test_padding_takes_no_part_with_error_feedback():

@@ -6,6 +6,8 @@ A run's folder holds, for each worker::
                     mean loss
     models-0.f32    the parameters at those steps, one flat float32 vector after another
     events-0.jsonl  its exchanges; see bagua_jax.asynchrony
+    saved-0.npz     its parameters, optimizer state and steps, from which a run that was
+                    interrupted goes on
     log-0.txt       what the process said
 """
 
@@ -22,10 +24,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from bagua_jax import Workers, asynchrony
+from bagua_jax import Workers, asynchrony, primitives
 from bagua_jax.algorithms import REGISTRY
 from bagua_jax.asynchrony.transport import require_zmq
-from bagua_jax.experiments import catalog, folders
+from bagua_jax.experiments import catalog, folders, saves
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig
 from bagua_jax.experiments.data import Data, Shards
 from bagua_jax.experiments.folders import RunError
@@ -41,6 +43,7 @@ __all__ = [
     "replay",
     "require_suitable",
     "staleness",
+    "why_not_replayed",
     "work",
 ]
 
@@ -172,7 +175,10 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, worker: int, every: int):
-        self._steps = open(folder / f"steps-{worker}.jsonl", "a", buffering=1)  # noqa: SIM115
+        path = folder / f"steps-{worker}.jsonl"
+        folders.mend_lines(path)
+        self._before = sum("step" in line for line in folders.read_lines(path))
+        self._steps = open(path, "a", buffering=1)  # noqa: SIM115
         self._models = open(folder / f"models-{worker}.f32", "ab")  # noqa: SIM115
         self._every, self._losses, self._worker = every, [], worker
 
@@ -208,6 +214,9 @@ class Recorder:
     def now(self, steps: int, params: Any) -> None:
         """Record the parameters, as on every so many steps."""
         vector = np.asarray(ravel_pytree(params)[0], np.float32)
+        if self._before is not None:  # a model that was being written is not whole
+            self._models.truncate(self._before * vector.nbytes)
+            self._before = None
         self._models.write(vector.tobytes())
         self._models.flush()
         loss = float(np.mean(self._losses)) if self._losses else None
@@ -227,10 +236,16 @@ def work(
     folder: Path,
     secret: bytes,
     recorded: Callable[[Any], Any] = lambda params: params,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Be one worker of a run, to its last step, and until the others have finished.
+    r"""Be one worker of a run, to its last step, and until the others have finished.
 
-    In rounds ``jax.distributed`` must have been initialized.
+    In rounds ``jax.distributed`` must have been initialized. Every ``checkpoint_every``
+    steps the worker saves its parameters, its optimizer's state and its steps. To
+    resume is to go on from these: in pairs each worker from its own, and in rounds,
+    which begin with equal models, from :math:`\tfrac1n \sum_i x_i`. What an algorithm
+    keeps from round to round, such as an outer momentum, and the references of pairs,
+    start afresh.
 
     Args:
         config: of one run, resolved.
@@ -241,18 +256,26 @@ def work(
         folder: of the run.
         secret: by which pairs know one another.
         recorded: the part of the parameters that is written down.
+        resume: go on from what this worker saved.
 
     Returns:
         Steps taken, and what pairs refused, by reason.
 
     Raises:
         Diverged: if the loss stops being finite.
+        RunError: if this worker saved nothing that can be read, or cannot save.
     """
     n, seed = config.workers, config.seed
     shards = Shards.deal(data, n, config.sharding, config.batch_size, seed)
     train = Trainer(config, task, shards, worker)
-    replica = asynchrony.Replica(train.params)
+    params, steps = train.params, 0
+    if resume:
+        (params, train.state), steps = saves.load(folder, worker, (params, train.state))
+        if setting.exchange == "rounds":
+            params = _mean_of_all(params, Workers.devices(n))
+    replica = asynchrony.Replica(params, steps)
     pace = setting.pace_s[worker] if setting.pace_s else 0.0
+    folders.mend_lines(folder / f"events-{worker}.jsonl")
     with (
         open(folder / f"events-{worker}.jsonl", "a") as log,
         Recorder(folder, worker, config.eval_every) as recorder,
@@ -265,10 +288,28 @@ def work(
             while replica.steps < config.steps and time.monotonic() < until:
                 loss = replica.step(paced(train, pace))
                 recorder.step(replica.steps, float(loss), recorded(replica.params))
+                if replica.steps % config.checkpoint_every == 0:
+                    saves.save(
+                        folder, worker, (replica.params, train.state), replica.steps
+                    )
             recorder.stop(replica.steps)
         recorder.now(replica.steps, recorded(replica.params))
     refused = dict(getattr(mixing, "refused", {}))
     return {"steps": replica.steps, "refused": refused}
+
+
+def _mean_of_all(params: Any, workers: Workers) -> Any:
+    """Average the models of all processes, each of which gives its own."""
+    vector, unravel = ravel_pytree(params)
+    mean = workers.spmd(
+        lambda x: primitives.c_fp_s(x, axis_name=workers.axis_name),
+        in_specs=workers.spec,
+    )
+    assert workers.mesh is not None
+    everyone = jax.sharding.NamedSharding(workers.mesh, workers.spec)
+    own = np.asarray(vector)[None]
+    everything = jax.make_array_from_process_local_data(everyone, own)
+    return unravel(mean(everything).addressable_data(0))
 
 
 def paced(
@@ -388,6 +429,18 @@ def staleness(folder: Path, workers: int) -> list[dict[int, int]]:
     ]
 
 
+def why_not_replayed(folder: Path, workers: int) -> str:
+    """Say why a run cannot be replayed; empty where it can."""
+    for worker in range(workers):
+        lines = folders.read_lines(folder / f"steps-{worker}.jsonl")
+        if [line["starts"] for line in lines if "starts" in line] != [0]:
+            return (
+                f"worker {worker} did not start once and at step 0. A run that was "
+                "interrupted, or in which a worker died, cannot be repeated."
+            )
+    return ""
+
+
 def replay(
     config: ExperimentConfig, task: Task, data: Data, setting: Setting, folder: Path
 ) -> float:
@@ -405,16 +458,12 @@ def replay(
         bit.
 
     Raises:
-        ValueError: if a worker died in the run.
+        ValueError: if the run was interrupted, or a worker died in it.
     """
     n = config.workers
-    for worker in range(n):
-        lines = folders.read_lines(folder / f"steps-{worker}.jsonl")
-        if [line["starts"] for line in lines if "starts" in line] != [0]:
-            raise ValueError(
-                f"replay: worker {worker} did not start once and at step 0. A run in "
-                "which a worker died cannot be replayed."
-            )
+    why = why_not_replayed(folder, n)
+    if why:
+        raise ValueError(f"replay: {why}")
     events = {w: asynchrony.read(folder / f"events-{w}.jsonl") for w in range(n)}
     shards = Shards.deal(data, n, config.sharding, config.batch_size, config.seed)
     trainers = [Trainer(config, task, shards, worker) for worker in range(n)]

@@ -37,6 +37,7 @@ __all__ = [
     "environment",
     "locked",
     "log",
+    "mend_lines",
     "open_run",
     "path_of",
     "processor",
@@ -91,18 +92,21 @@ def path_of(config: ExperimentConfig) -> Path:
     return Path(config.output) / config.experiment / configs.run_name(config)
 
 
-def open_run(config: ExperimentConfig, *, overwrite: bool) -> Path:
+def open_run(
+    config: ExperimentConfig, *, overwrite: bool, folder: Path | None = None
+) -> Path:
     """Make the folder of a run, or check that the one that is there is of this run.
 
     Args:
         config: of one run, resolved.
         overwrite: throw away what is there.
+        folder: of the run; as :func:`path_of` says where ``None``.
 
     Raises:
         RunError: if the folder holds another config, or one that cannot be read.
         OSError: if it cannot be written.
     """
-    folder = path_of(config)
+    folder = path_of(config) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite:
         _clear(folder)
@@ -219,6 +223,13 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
+
+
+def mend_lines(path: Path) -> None:
+    """Cut off a last line that is not whole, so that others may be appended."""
+    if path.exists():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def log(folder: Path, message: str) -> None:

@@ -219,10 +219,12 @@ class PairGossip:
 
     A worker that starts asks the others how far they are. Where all are at the start it
     begins with its own parameters; where one is ahead it takes over that one's
-    parameters and count of steps before it takes a step.
+    parameters and count of steps before it takes a step. One whose replica has steps
+    already, because it goes on from what it saved, keeps its own.
 
     Args:
-        replica: of this worker; all start from the same parameters.
+        replica: of this worker; all start from the same parameters, or from what they
+            saved.
         worker: this worker's place in the list of addresses.
         addresses: ``host:port`` of every worker, loopback or private.
         secret: at least 16 random bytes, the same for all. It makes the keys by which

@@ -40,9 +40,11 @@ class Replica:
     Args:
         params: the initial parameters, a tree of floating arrays on this worker's
             device.
+        steps: local steps that led to them, of a worker that goes on from what it
+            saved.
 
     Raises:
-        ValueError: if a leaf is not floating point.
+        ValueError: if a leaf is not floating point, or steps is less than 0.
 
     Attributes:
         add: ``(x, correction) -> x + correction`` in float32, cast back; compiled.
@@ -58,11 +60,14 @@ class Replica:
         ([1.5, 0.5], 1)
     """
 
-    def __init__(self, params: Any):
+    def __init__(self, params: Any, steps: int = 0):
         checks.require_floats(params, "Replica")
+        checks.require_at_least(
+            "Replica", "steps", steps, 0, "It counts local steps that were taken."
+        )
         self._lock = threading.Lock()
         self._params = jax.tree.map(jnp.asarray, params)
-        self._now = Moment(0, False)
+        self._now = Moment(steps, False)
         self._failure: BaseException | None = None
         self.finished = False
         # Compiled here, so that no step waits for a compilation.

@@ -3,7 +3,6 @@
 import math
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,10 +15,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.commands import base
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig
-from bagua_jax.experiments.folders import RunError, require_writable
+from bagua_jax.experiments.folders import (
+    RunError,
+    locked,
+    open_run,
+    require_writable,
+)
 
 __all__ = ["Async", "main"]
 
@@ -55,10 +58,13 @@ class Async(base.OnConfig):
     replay: bool = False
     """Afterwards repeat the run in one process from its log, and compare."""
     overwrite: bool = False
-    """Throw away what an earlier run left."""
+    """Throw away what an earlier run left, in place of going on from it."""
     worker: int | None = None
     """Be this one of the workers, on this host; needs `--addresses`, and for pairs the
     same secret for all in the environment variable BAGUA_JAX_SECRET."""
+    resume: bool = False
+    """With `--worker`: go on from what this worker saved. (Without `--worker` a run
+    that was interrupted goes on by itself.)"""
     addresses: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST:PORT")] = ()
     """Where each worker listens, loopback or private; in rounds the first one's is the
     coordinator's."""
@@ -90,19 +96,46 @@ def main(command: Async) -> int:
     failed = False
     for run in chosen:
         folder = _folder(run, command)
-        if (folder / "summary.json").exists() and not command.overwrite:
-            console.print(f"finished before, in {folder} (--overwrite repeats it)")
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
         require_writable(folder)
-        setting = _setting(command, _free_addresses(config.workers))
         try:
-            _train(command, run, setting, folder, console)
-            _report(command, run, task, data, setting, folder, console)
+            with locked(folder):
+                resume = _open(command, run, folder, console)
+                if (folder / "summary.json").exists():
+                    console.print(
+                        f"finished before, in {folder} (--overwrite repeats it)"
+                    )
+                    continue
+                setting = _setting(command, _free_addresses(config.workers))
+                _train(command, run, setting, folder, console, resume)
+                _report(command, run, task, data, setting, folder, console)
         except RunError as error:
             failed = True
             base.complain(f"{folder.name}: {error}", base.FAILED)
     return base.FAILED if failed else 0
+
+
+def _open(command: Async, run: ExperimentConfig, folder: Path, console) -> bool:
+    """Make a run's folder; say whether the run goes on from what its workers saved."""
+    from bagua_jax.experiments import saves
+
+    began = (folder / "config.yaml").exists()
+    open_run(run, overwrite=command.overwrite, folder=folder)
+    if command.overwrite or not began or (folder / "summary.json").exists():
+        return False
+    steps = saves.steps_of(folder, run.workers)
+    if steps is None:
+        console.print(
+            f"{folder.name}: it was interrupted before every worker had saved its "
+            "model, and begins again.",
+            soft_wrap=True,
+        )
+        open_run(run, overwrite=True, folder=folder)
+        return False
+    console.print(
+        f"{folder.name}: the workers go on from steps {', '.join(map(str, steps))}.",
+        soft_wrap=True,
+    )
+    return True
 
 
 def _setting(command: Async, addresses: tuple[str, ...]):
@@ -177,7 +210,9 @@ def _work(command: Async) -> int:
     data = task.data(run.seed, n)
     secret = bytes.fromhex(os.environ.get(_SECRET, ""))
     try:
-        found = runs.work(run, task, data, setting, worker, folder, secret)
+        found = runs.work(
+            run, task, data, setting, worker, folder, secret, resume=command.resume
+        )
     except Exception as error:
         if command.exchange == "rounds":
             # jax.distributed would wait for the others, who wait for this worker.
@@ -197,14 +232,11 @@ def _die_with(parent: int) -> None:
 # --- all of them ---
 
 
-def _train(command: Async, run: ExperimentConfig, setting, folder: Path, console):
+def _train(command: Async, run, setting, folder: Path, console, resume: bool):
     """Start the workers, and those of pairs again that were killed."""
-    from bagua_jax.experiments import folders
     from bagua_jax.experiments.asynchronous import Diverged
     from bagua_jax.experiments.progress import progress
 
-    (folder / "config.yaml").write_text(configs.dump(run))
-    folders.write_json(folder / "environment.json", folders.environment())
     words = [sys.executable, "-m", "bagua_jax.experiments", "async"]
     words += [str(folder / "config.yaml"), "--exchange", command.exchange]
     words += ["--interval", str(command.interval), "--timeout", str(command.timeout)]
@@ -220,14 +252,18 @@ def _train(command: Async, run: ExperimentConfig, setting, folder: Path, console
     own = {_SECRET: secrets.token_hex(32), _PARENT: str(os.getpid())}
     env = compiled | os.environ | own
 
-    def start(worker: int) -> subprocess.Popen:
+    def start(worker: int, *flags: str) -> subprocess.Popen:
         with open(folder / f"log-{worker}.txt", "ab") as log:
             return subprocess.Popen(
-                [*words, "--worker", str(worker)], env=env, stdout=log, stderr=log
+                [*words, "--worker", str(worker), *flags],
+                env=env,
+                stdout=log,
+                stderr=log,
             )
 
     label, left = folder.name, command.restarts
-    alive, failures = {w: start(w) for w in range(run.workers)}, []
+    flags = ["--resume"] * resume
+    alive, failures = {w: start(w, *flags) for w in range(run.workers)}, []
     finished = False
     try:
         with progress(console, label, 0, run.steps) as show:
@@ -283,10 +319,11 @@ def _show_last(folder: Path, run: ExperimentConfig, show) -> None:
     from bagua_jax.experiments import folders
 
     lines = folders.read_lines(folder / "steps-0.jsonl")
-    made = [line for line in lines if line.get("train/loss") is not None]
+    begun = max((k for k, line in enumerate(lines) if "starts" in line), default=0)
+    made = [line for line in lines[begun:] if line.get("train/loss") is not None]
     if made and made[-1]["step"] <= run.steps:
-        taken = made[-1]["step"] - lines[0]["starts"]
-        rate = taken / max(made[-1]["seconds"] - lines[0]["seconds"], 1e-9)
+        taken = made[-1]["step"] - lines[begun]["starts"]
+        rate = taken / max(made[-1]["seconds"] - lines[begun]["seconds"], 1e-9)
         show(made[-1]["step"], made[-1]["train/loss"], rate, "worker 0")
 
 
@@ -301,10 +338,10 @@ def _report(command: Async, run, task, data, setting, folder: Path, console) -> 
     late = runs.staleness(folder, run.workers)
     summary = {"label": folder.name, "steps": run.steps, **metrics[-1]}
     summary["staleness"] = [{str(k): v for k, v in own.items()} for own in late]
-    if command.replay:
-        summary["replay/largest_difference"] = runs.replay(
-            run, task, data, setting, folder
-        )
+    why_not = runs.why_not_replayed(folder, run.workers)
+    if command.replay and not why_not:
+        difference = runs.replay(run, task, data, setting, folder)
+        summary["replay/largest_difference"] = difference
     folders.write_json(folder / "summary.json", summary)
 
     table = Table(title=f"{folder.name}: exchanges and their staleness", box=None)
@@ -319,7 +356,9 @@ def _report(command: Async, run, task, data, setting, folder: Path, console) -> 
     judged = {k: v for k, v in metrics[-1].items() if k.startswith(("eval/", "cons"))}
     words = [f"{name} {value:.4g}" for name, value in judged.items()]
     console.print(f"averaged model: {', '.join(words)}", highlight=False)
-    if command.replay:
+    if command.replay and why_not:
+        console.print(f"not replayed: {why_not}", soft_wrap=True)
+    elif command.replay:
         difference = summary["replay/largest_difference"]
         console.print(
             f"replayed in one process: largest difference {difference:.3g}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bagua_jax.experiments import asynchronous
+from bagua_jax.experiments import asynchronous, folders, saves
 from bagua_jax.experiments.folders import RunError
 
 PACE = ("--pace", "0.004", "0.008")
@@ -82,6 +82,106 @@ def test_a_worker_whose_loss_is_not_finite_leaves(tmp_path):
         recorder.step(1, 0.5, {"x": np.ones(2)})
         with pytest.raises(RunError, match=why):
             recorder.step(2, math.nan, {"x": np.ones(2)})
+
+
+def test_a_record_that_is_not_whole_is_cut_off(tmp_path):
+    def record(step):
+        with asynchronous.Recorder(tmp_path, 0, every=1) as recorder:
+            recorder.start(step - 1)
+            recorder.step(step, 0.5, {"x": np.full(3, step)})
+
+    record(1)
+    for name in ("models-0.f32", "steps-0.jsonl"):  # killed in the middle of a record
+        with open(tmp_path / name, "ab") as file:
+            file.write(b'{"st')
+    record(2)
+    models = np.fromfile(tmp_path / "models-0.f32", np.float32).reshape(-1, 3)
+    np.testing.assert_array_equal(models, [[1, 1, 1], [2, 2, 2]])
+    lines = folders.read_lines(tmp_path / "steps-0.jsonl")
+    assert [line.get("step", line.get("starts")) for line in lines] == [0, 1, 1, 2]
+
+
+INTERRUPTED = """
+import sys
+if '--worker' in sys.orig_argv and '--resume' not in sys.orig_argv:
+    from bagua_jax.asynchrony import Replica
+    step = Replica.step
+    def interrupted(self, local_step):
+        if self.steps == 12:
+            raise RuntimeError('pulled the plug')
+        return step(self, local_step)
+    Replica.step = interrupted
+"""
+
+
+@pytest.mark.parametrize("exchange", ["rounds", "pairs"])
+def test_an_interrupted_run_goes_on(run_async, monkeypatch, tmp_path, exchange):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
+    small = {"algorithms": [algorithm], "checkpoint_every": 4}
+    small["optimizer"] = {"name": "sgd", "learning_rate": 0.02, "momentum": 0.9}
+    flags = ("--exchange", exchange, "--pace", "0.01", "0.01")
+
+    status, out, err, folder = run_async(*flags, **small)
+    assert status == 1 and "pulled the plug" in " ".join(err.split()), out + err
+    (run,) = folder.glob("async-*")
+    saved = saves.steps_of(run, 2)
+    assert saved is not None and set(saved) <= {4, 8, 12}
+
+    status, out, err, _ = run_async(*flags, "--replay", **small)
+    assert status == 0, err
+    said = " ".join(out.split())
+    assert f"go on from steps {saved[0]}, {saved[1]}." in said
+    assert "not replayed: worker 0 did not start once" in said
+    for worker in range(2):
+        lines = folders.read_lines(run / f"steps-{worker}.jsonl")
+        starts = [line["starts"] for line in lines if "starts" in line]
+        assert starts == [0, saved[worker]]
+        assert lines[-1]["step"] == 20
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps/max"] == 20
+    metrics = folders.read_lines(run / "metrics.jsonl")
+    distance = [line["eval/distance_to_optimum"] for line in metrics]
+    assert distance[-1] < distance[0]
+
+
+def test_rounds_go_on_from_the_mean(run_async, monkeypatch, tmp_path):
+    """Whose models are equal at the start: what algorithms assume."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    algorithm = {"name": "async_model_average", "period": 10**6, "label": "alone"}
+    small = {"algorithms": [algorithm], "checkpoint_every": 4}
+    status, _, err, folder = run_async(**small)
+    assert status == 1, err
+    run = folder / "async-alone-s0"
+    # All steps are taken: what is left of the run is to begin, and to end.
+    models = []
+    for worker, value in enumerate((1.0, 4.0)):
+        path = run / f"saved-{worker}.npz"
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        arrays = {k: x if k == "steps" else x * 0 + value for k, x in arrays.items()}
+        np.savez(path, **arrays | {"steps": 20})
+        models.append(value)
+    status, out, err, _ = run_async(**small)
+    assert status == 0, err
+    assert "go on from steps 20, 20" in " ".join(out.split())
+    for worker in range(2):
+        last = np.fromfile(run / f"models-{worker}.f32", np.float32)[-1]
+        assert last == np.mean(models)
+
+
+def test_a_run_folder_is_of_one_run_at_a_time(run_async, lab):
+    algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
+    folder = lab.root / "runs" / "small" / "async-mean-s0"
+    with folders.locked(folder):
+        status, _, err, _ = run_async(algorithms=[algorithm])
+    assert status == 1 and "another process is working" in " ".join(err.split())
+    assert run_async(algorithms=[algorithm], steps=5)[0] == 0
+    status, _, err, _ = run_async(algorithms=[algorithm], steps=6)
+    assert status == 1 and "is the config of another run" in " ".join(err.split())
+    assert run_async("--overwrite", algorithms=[algorithm], steps=6)[0] == 0
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("stop", 1), ("drop", 0)])

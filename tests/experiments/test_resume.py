@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bagua_jax.experiments import checkpoint, config, folders
+from bagua_jax.experiments import checkpoint, config, folders, trees
 from bagua_jax.experiments.folders import RunError
 
 ALGORITHMS = {
@@ -348,7 +348,7 @@ def test_every_kind_of_leaf_survives(tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-    ours, theirs = checkpoint.pack(found), checkpoint.pack(state)
+    ours, theirs = trees.pack(found), trees.pack(state)
     assert {k: np.asarray(v).tobytes() for k, v in ours.items()} == {
         k: np.asarray(v).tobytes() for k, v in theirs.items()
     }

@@ -1,0 +1,112 @@
+"""What a worker that waits for nobody saves, by itself, and goes on from."""
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bagua_jax.experiments import trees
+from bagua_jax.experiments.folders import RunError
+
+__all__ = ["load", "save", "steps_of"]
+
+
+def save(folder: Path, worker: int, state: Any, steps: int) -> None:
+    """Write a worker's state, whole or not at all, over what it saved before.
+
+    Args:
+        folder: of the run.
+        worker: which.
+        state: tree of arrays.
+        steps: local steps that led to it.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    arrays = trees.pack(state)
+    path = _saved(folder, worker)
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, steps=steps, **{k: np.asarray(x) for k, x in arrays.items()})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        before = "What it saved before is whole. " if path.exists() else ""
+        raise RunError(
+            f"worker {worker}: step {steps} cannot be saved to {path}: "
+            f"{error.strerror}. {before}The same command goes on from there once there "
+            "is room."
+        ) from None
+
+
+def load(folder: Path, worker: int, like: Any) -> tuple[Any, int]:
+    """Read what a worker saved.
+
+    Args:
+        folder: of the run.
+        worker: which.
+        like: tree of arrays with the wished structure, shapes and dtypes.
+
+    Returns:
+        The state, a tree like ``like``, and the steps.
+
+    Raises:
+        RunError: if there is nothing, or nothing that can be read and fits.
+    """
+    path = _saved(folder, worker)
+    if not path.exists():
+        raise RunError(f"worker {worker} has saved nothing in {folder} to resume from.")
+    arrays = _read(path)
+    steps = int(arrays.pop("steps"))
+    wanted = trees.pack(like)
+    if {k: x.shape for k, x in arrays.items()} != {
+        k: x.shape for k, x in wanted.items()
+    }:
+        raise RunError(
+            f"{path} is of another model or optimizer. Move the folder away, or start "
+            "afresh with --overwrite."
+        )
+    # NumPy does not know bfloat16 when it reads one; the bits are the same.
+    found = {
+        name: jnp.asarray(x.view(wanted[name].dtype) if x.dtype.kind == "V" else x)
+        for name, x in arrays.items()
+    }
+    return trees.unpack(found, like), steps
+
+
+def steps_of(folder: Path, workers: int) -> list[int] | None:
+    """Say how far each worker of a run had come when it last saved.
+
+    Returns:
+        Steps of each worker; ``None`` if one of them has not saved yet.
+
+    Raises:
+        RunError: if what one saved cannot be read.
+    """
+    paths = [_saved(folder, worker) for worker in range(workers)]
+    if not all(path.exists() for path in paths):
+        return None
+    return [int(_read(path)["steps"]) for path in paths]
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Read what a worker saved; every array has a checksum in the file."""
+    try:
+        with open(path, "rb") as raw, np.load(raw) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(
+            f"{path} cannot be read: {error}. It was altered or is not whole; start "
+            "afresh with --overwrite."
+        ) from None
+
+
+def _saved(folder: Path, worker: int) -> Path:
+    return folder / f"saved-{worker}.npz"

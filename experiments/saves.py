@@ -27,12 +27,12 @@ def save(folder: Path, worker: int, state: Any, steps: int) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    arrays = trees.pack(state)
+    arrays: dict[str, Any] = {k: np.asarray(x) for k, x in trees.pack(state).items()}
     path = _saved(folder, worker)
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            np.savez(file, steps=steps, **{k: np.asarray(x) for k, x in arrays.items()})
+            np.savez(file, steps=steps, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

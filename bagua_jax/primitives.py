@@ -291,6 +291,14 @@ def _pad(x: jax.Array, length: int, padding: str = "edge") -> jax.Array:
     return jnp.pad(x, (0, missing), mode=mode)
 
 
+def _clear_filling(part: jax.Array, index, n: int, total: int, padding: str):
+    """Make zero again what fills up part ``index`` of n of a vector of ``total``."""
+    length = part.shape[0]
+    if padding != "zero" or n * length == total:
+        return part
+    return jnp.where(index * length + jnp.arange(length) < total, part, 0)
+
+
 def _take_part(full: jax.Array, index: jax.Array, length: int, n: int, padding: str):
     """Slice part ``index`` of n parts of ``length`` out of a vector."""
     padded = _pad(full, n * length, padding)
@@ -668,9 +676,7 @@ def _scatter_reduce(x, compressor, errors, axis_name, key):
     mean = _mean_of_rows(decode(_unpack(received, one)))
     if errors.owner is not None:
         mean = mean + _take_part(errors.owner, index, length, n, padding)
-    if padding == "zero" and n * length != total:
-        mean = jnp.where(index * length + jnp.arange(length) < total, mean, 0)
-    mean = mark(mean)
+    mean = mark(_clear_filling(mean, index, n, total, padding))
     payload = encode(mean[None], to_all)
     if errors.owner is not None:
         unsent = mean - decode(payload)[0]
@@ -763,8 +769,7 @@ def ring_mean(
         number = (index - 1 - k) % n
         v = lax.dynamic_slice_in_dim(value, number * length, length) / n
         v = v if arrived is None else decode(arrived) + v
-        if padding == "zero" and n * length != total:
-            v = jnp.where(number * length + jnp.arange(length) < total, v, 0)
+        v = _clear_filling(v, number, n, total, padding)
         payload, _ = compressor.compress(None if keys is None else keys[k], v, ())
         if unsent is not None:
             unsent = unsent.at[number].set(n * (v - decode(payload)))

@@ -174,7 +174,9 @@ def train_alone(arguments, config, task, data, worker: int, pace: float) -> None
     shards = Shards.deal(data, N, config.sharding, config.batch_size, config.seed)
     train = runs.Trainer(config, task, shards, worker)
     replica = asynchrony.Replica(train.params)
-    recorder = runs.Recorder(arguments.folder, worker, config.eval_every)
+    recorder = runs.Recorder(
+        arguments.folder, worker, config.eval_every, model_of(train.params)
+    )
     meet(arguments, worker)
     recorder.start(0)
     until = time.monotonic() + arguments.seconds
@@ -229,7 +231,9 @@ def train_together(arguments, config, task, data, worker: int, pace: float) -> N
         params, _ = jax.block_until_ready(alone(params))
         computing.append(time.monotonic() - begun)
     rest = max(0.0, pace - statistics.median(computing))
-    recorder = runs.Recorder(arguments.folder, worker, config.eval_every)
+    recorder = runs.Recorder(
+        arguments.folder, worker, config.eval_every, model_of(params)
+    )
     meet(arguments, worker)
     recorder.start(0)
     begun = time.monotonic()

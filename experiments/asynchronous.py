@@ -13,6 +13,7 @@ A run's folder holds, for each worker::
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -172,13 +173,12 @@ class Recorder:
         folder: of the run.
         worker: which.
         every: steps between records.
+        like: parameters as they will be recorded.
     """
 
-    def __init__(self, folder: Path, worker: int, every: int):
-        path = folder / f"steps-{worker}.jsonl"
-        folders.mend_lines(path)
-        self._before = sum("step" in line for line in folders.read_lines(path))
-        self._steps = open(path, "a", buffering=1)  # noqa: SIM115
+    def __init__(self, folder: Path, worker: int, every: int, like: Any):
+        _mend(folder, worker, ravel_pytree(like)[0].size)
+        self._steps = open(folder / f"steps-{worker}.jsonl", "a", buffering=1)  # noqa: SIM115
         self._models = open(folder / f"models-{worker}.f32", "ab")  # noqa: SIM115
         self._every, self._losses, self._worker = every, [], worker
 
@@ -214,9 +214,6 @@ class Recorder:
     def now(self, steps: int, params: Any) -> None:
         """Record the parameters, as on every so many steps."""
         vector = np.asarray(ravel_pytree(params)[0], np.float32)
-        if self._before is not None:  # a model that was being written is not whole
-            self._models.truncate(self._before * vector.nbytes)
-            self._before = None
         self._models.write(vector.tobytes())
         self._models.flush()
         loss = float(np.mean(self._losses)) if self._losses else None
@@ -225,6 +222,23 @@ class Recorder:
 
     def _write(self, record: dict[str, Any]) -> None:
         self._steps.write(json.dumps(record) + "\n")
+
+
+def _mend(folder: Path, worker: int, size: int) -> None:
+    """Cut off the record that a worker was writing when it was killed.
+
+    What stays are as many models, in order, as lines that tell of one.
+    """
+    models = folder / f"models-{worker}.f32"
+    models.touch()
+    whole = models.stat().st_size // (4 * size)
+    kept, told = [], 0
+    for line in folders.read_lines(folder / f"steps-{worker}.jsonl"):
+        told += "step" in line
+        if told <= whole or "step" not in line:
+            kept.append(line)
+    folders.write_lines(folder / f"steps-{worker}.jsonl", kept)
+    os.truncate(models, 4 * size * min(told, whole))
 
 
 def work(
@@ -278,7 +292,7 @@ def work(
     folders.mend_lines(folder / f"events-{worker}.jsonl")
     with (
         open(folder / f"events-{worker}.jsonl", "a") as log,
-        Recorder(folder, worker, config.eval_every) as recorder,
+        Recorder(folder, worker, config.eval_every, recorded(params)) as recorder,
     ):
         mixing = _mixing(config, setting, worker, replica, log, secret)
         with mixing:
@@ -305,11 +319,7 @@ def _mean_of_all(params: Any, workers: Workers) -> Any:
         lambda x: primitives.c_fp_s(x, axis_name=workers.axis_name),
         in_specs=workers.spec,
     )
-    assert workers.mesh is not None
-    everyone = jax.sharding.NamedSharding(workers.mesh, workers.spec)
-    own = np.asarray(vector)[None]
-    everything = jax.make_array_from_process_local_data(everyone, own)
-    return unravel(mean(everything).addressable_data(0))
+    return unravel(mean(workers.stack(vector[None])).addressable_data(0))
 
 
 def paced(

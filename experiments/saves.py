@@ -3,6 +3,7 @@
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def save(folder: Path, worker: int, state: Any, steps: int) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        before = "What it saved before is whole. " if path.exists() else ""
+        then = "Make room and start it again."
+        if path.exists():
+            then = "What it saved before is whole: the same command goes on from it."
         raise RunError(
             f"worker {worker}: step {steps} cannot be saved to {path}: "
-            f"{error.strerror}. {before}The same command goes on from there once there "
-            "is room."
+            f"{error.strerror}. {then}"
         ) from None
 
 
@@ -66,18 +68,12 @@ def load(folder: Path, worker: int, like: Any) -> tuple[Any, int]:
     arrays = _read(path)
     steps = int(arrays.pop("steps"))
     wanted = trees.pack(like)
-    if {k: x.shape for k, x in arrays.items()} != {
-        k: x.shape for k, x in wanted.items()
-    }:
+    if _types(arrays) != _types(wanted):
         raise RunError(
             f"{path} is of another model or optimizer. Move the folder away, or start "
             "afresh with --overwrite."
         )
-    # NumPy does not know bfloat16 when it reads one; the bits are the same.
-    found = {
-        name: jnp.asarray(x.view(wanted[name].dtype) if x.dtype.kind == "V" else x)
-        for name, x in arrays.items()
-    }
+    found = {k: jnp.asarray(x.view(wanted[k].dtype)) for k, x in arrays.items()}
     return trees.unpack(found, like), steps
 
 
@@ -106,6 +102,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             f"{path} cannot be read: {error}. It was altered or is not whole; start "
             "afresh with --overwrite."
         ) from None
+
+
+def _types(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Give shapes and dtypes; NumPy reads a bfloat16 back as two bytes of no type."""
+    return {k: (x.shape, np.dtype(x.dtype).str[1:]) for k, x in arrays.items()}
 
 
 def _saved(folder: Path, worker: int) -> Path:

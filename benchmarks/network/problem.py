@@ -15,7 +15,7 @@ __all__ = [
 SIZES = (784, 1024, 1024, 1024, 1024, 10)  # 4.0 million parameters
 BATCH = 32  # images of one worker
 RATE = 0.1  # of SGD without momentum
-ADAM_RATE = 1e-4  # of QAdam, which diverges at twice that in one run of two
+ADAM_RATE = 1e-4  # of QAdam, which diverged at twice that
 
 
 def num_params() -> int:

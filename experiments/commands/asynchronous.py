@@ -86,6 +86,11 @@ def main(command: Async) -> int:
     chosen = catalog.resolve(config)
     if command.addresses:
         raise ConfigError("--addresses: belongs to --worker; without it they are free.")
+    if command.resume:
+        raise ConfigError(
+            "--resume: belongs to --worker; without it a run that was interrupted goes "
+            "on by itself."
+        )
     if command.exchange == "pairs":  # one run: it exchanges in no algorithm's way
         chosen = chosen[:1]
     for run in chosen:

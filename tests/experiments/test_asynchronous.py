@@ -64,6 +64,11 @@ def test_rounds_are_recorded_and_replayed(run_async):
         (("--worker", "2"), {}, ["--worker", "from 0 to 1", "got 2"]),
         (("--worker", "0"), {}, ["--addresses", "all 2 workers"]),
         (
+            ("--resume",),
+            {"algorithms": [{"name": "local_sgd", "local_steps": 1}]},
+            ["--resume", "belongs to --worker"],
+        ),
+        (
             ("--worker", "0", "--addresses", "8.8.8.8:5", "127.0.0.1:5"),
             {"algorithms": [{"name": "local_sgd", "local_steps": 1}]},
             ["only loopback and private", "8.8.8.8"],
@@ -78,27 +83,42 @@ def test_what_does_not_fit_is_refused(run_async, flags, changes, why):
 
 def test_a_worker_whose_loss_is_not_finite_leaves(tmp_path):
     why = r"worker 3: the training loss is nan on step 2"
-    with asynchronous.Recorder(tmp_path, 3, every=1) as recorder:
+    like = {"x": np.ones(2)}
+    with asynchronous.Recorder(tmp_path, 3, every=1, like=like) as recorder:
         recorder.step(1, 0.5, {"x": np.ones(2)})
         with pytest.raises(RunError, match=why):
             recorder.step(2, math.nan, {"x": np.ones(2)})
 
 
-def test_a_record_that_is_not_whole_is_cut_off(tmp_path):
-    def record(step):
-        with asynchronous.Recorder(tmp_path, 0, every=1) as recorder:
-            recorder.start(step - 1)
-            recorder.step(step, 0.5, {"x": np.full(3, step)})
+@pytest.mark.parametrize(
+    ("lost", "left"),
+    [
+        ({"models-0.f32": b"half", "steps-0.jsonl": b'{"st'}, [1, 2]),
+        ({"models-0.f32": b"a model" + bytes(5)}, [1, 2]),  # no line tells of it
+        ({"models-0.f32": -12}, [1]),  # the machine lost power: its line is left
+        ({"steps-0.jsonl": -2}, [1]),
+    ],
+)
+def test_a_record_that_is_not_whole_is_cut_off(tmp_path, lost, left):
+    def record(*steps):
+        like = {"x": np.zeros(3)}
+        with asynchronous.Recorder(tmp_path, 0, every=1, like=like) as recorder:
+            recorder.start(steps[0] - 1)
+            for step in steps:
+                recorder.step(step, 0.5, {"x": np.full(3, step)})
 
-    record(1)
-    for name in ("models-0.f32", "steps-0.jsonl"):  # killed in the middle of a record
-        with open(tmp_path / name, "ab") as file:
-            file.write(b'{"st')
-    record(2)
+    record(1, 2)
+    for name, change in lost.items():
+        data = (tmp_path / name).read_bytes()
+        data = data[:change] if isinstance(change, int) else data + change
+        (tmp_path / name).write_bytes(data)
+    record(3)
     models = np.fromfile(tmp_path / "models-0.f32", np.float32).reshape(-1, 3)
-    np.testing.assert_array_equal(models, [[1, 1, 1], [2, 2, 2]])
+    np.testing.assert_array_equal(models[:, 0], [*left, 3])
+    np.testing.assert_array_equal(models, models[:, :1].repeat(3, 1))
     lines = folders.read_lines(tmp_path / "steps-0.jsonl")
-    assert [line.get("step", line.get("starts")) for line in lines] == [0, 1, 1, 2]
+    assert [line["step"] for line in lines if "step" in line] == [*left, 3]
+    assert [line["starts"] for line in lines if "starts" in line] == [0, 2]
 
 
 INTERRUPTED = """
@@ -114,22 +134,28 @@ if '--worker' in sys.orig_argv and '--resume' not in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("exchange", ["rounds", "pairs"])
-def test_an_interrupted_run_goes_on(run_async, monkeypatch, tmp_path, exchange):
+@pytest.fixture
+def interrupted(run_async, monkeypatch, tmp_path):
+    """Every worker of a run that is not resumed dies after twelve steps."""
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    return run_async
+
+
+@pytest.mark.parametrize("exchange", ["rounds", "pairs"])
+def test_an_interrupted_run_goes_on(interrupted, exchange):
     algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
     small = {"algorithms": [algorithm], "checkpoint_every": 4}
     small["optimizer"] = {"name": "sgd", "learning_rate": 0.02, "momentum": 0.9}
     flags = ("--exchange", exchange, "--pace", "0.01", "0.01")
 
-    status, out, err, folder = run_async(*flags, **small)
+    status, out, err, folder = interrupted(*flags, **small)
     assert status == 1 and "pulled the plug" in " ".join(err.split()), out + err
     (run,) = folder.glob("async-*")
     saved = saves.steps_of(run, 2)
     assert saved is not None and set(saved) <= {4, 8, 12}
 
-    status, out, err, _ = run_async(*flags, "--replay", **small)
+    status, out, err, _ = interrupted(*flags, "--replay", **small)
     assert status == 0, err
     said = " ".join(out.split())
     assert f"go on from steps {saved[0]}, {saved[1]}." in said
@@ -146,30 +172,26 @@ def test_an_interrupted_run_goes_on(run_async, monkeypatch, tmp_path, exchange):
     assert distance[-1] < distance[0]
 
 
-def test_rounds_go_on_from_the_mean(run_async, monkeypatch, tmp_path):
+def test_rounds_go_on_from_the_mean(interrupted):
     """Whose models are equal at the start: what algorithms assume."""
-    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
     algorithm = {"name": "async_model_average", "period": 10**6, "label": "alone"}
     small = {"algorithms": [algorithm], "checkpoint_every": 4}
-    status, _, err, folder = run_async(**small)
+    status, _, err, folder = interrupted(**small)
     assert status == 1, err
     run = folder / "async-alone-s0"
     # All steps are taken: what is left of the run is to begin, and to end.
-    models = []
     for worker, value in enumerate((1.0, 4.0)):
         path = run / f"saved-{worker}.npz"
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         arrays = {k: x if k == "steps" else x * 0 + value for k, x in arrays.items()}
         np.savez(path, **arrays | {"steps": 20})
-        models.append(value)
-    status, out, err, _ = run_async(**small)
+    status, out, err, _ = interrupted(**small)
     assert status == 0, err
     assert "go on from steps 20, 20" in " ".join(out.split())
     for worker in range(2):
         last = np.fromfile(run / f"models-{worker}.f32", np.float32)[-1]
-        assert last == np.mean(models)
+        assert last == 2.5
 
 
 def test_a_run_folder_is_of_one_run_at_a_time(run_async, lab):

@@ -62,20 +62,25 @@ def test_what_was_harmed_is_refused_by_name(tmp_path, harm):
 def test_another_models_is_refused(tmp_path):
     saves.save(tmp_path, 0, state(), 10)
     params, *rest = state()
-    for like in (({**params, "d": jnp.ones(2)}, *rest), (params,)):
+    others = [{**params, "d": jnp.ones(2)}, params | {"a/b": jnp.ones((2, 3))}]
+    others += [params | {"a/b": params["a/b"].astype(t)} for t in ("bfloat16", "int32")]
+    for like in (*((other, *rest) for other in others), (params,)):
         with pytest.raises(RunError, match="another model or optimizer"):
             saves.load(tmp_path, 0, like)
 
 
-@pytest.mark.parametrize("at", ["open", "fsync"])
+@pytest.mark.parametrize("at", [(np, "savez"), (os, "fsync")])
 def test_where_there_is_no_room_the_last_one_stays(tmp_path, monkeypatch, at):
-    saves.save(tmp_path, 0, state(1), 10)
-
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(*{"open": (np, "savez"), "fsync": (os, "fsync")}[at], full)
+        patch.setattr(*at, full)
+        with pytest.raises(RunError, match=r"step 10 .*No space left.*start it again"):
+            saves.save(tmp_path, 0, state(1), 10)
+    saves.save(tmp_path, 0, state(1), 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(*at, full)
         with pytest.raises(RunError, match=r"step 20 .*No space left.*is whole"):
             saves.save(tmp_path, 0, state(2), 20)
     assert [path.name for path in tmp_path.iterdir()] == ["saved-0.npz"]

@@ -4,6 +4,7 @@
 #   make published  shows twelve published effects; stops where a claim does not hold
 #   make notebooks  runs the studies in full: docs/studies.md and its figures
 #   make test       lint, then every test and doctest
+#   make check      lint, then a fast part of the tests
 #   make lint       ruff and pyright only
 #   make format     lets ruff rewrite what it can
 #   make clean      removes the environment and everything built
@@ -12,20 +13,21 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+EXPERIMENTS := .venv/.installed-experiments
+DEV := .venv/.installed-dev
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo published notebooks test lint format clean
+.PHONY: help demo published notebooks test check lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-demo: $(INSTALLED)
+demo: $(EXPERIMENTS)
 	$(BIN)/bagua-jax run demo
 
-published: $(INSTALLED)
+published: $(EXPERIMENTS)
 	@set -e; for config in experiments/configs/published/*.yaml; do \
 	    $(BIN)/bagua-jax run $$config; \
 	done
@@ -36,15 +38,23 @@ published: $(INSTALLED)
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal --doctest-modules --pyargs tests/ bagua_jax
 
-notebooks: $(INSTALLED)
+# One look at everything: the shape of the package, every algorithm against the relations
+# that it must obey, the wire, configs.
+check: lint
+	$(BIN)/pytest -n 2 -q tests/test_imports.py tests/test_oracles.py \
+	    tests/algorithms/test_golden.py tests/algorithms/test_refusals.py \
+	    tests/runtime/test_buckets.py tests/wire/test_count.py \
+	    tests/experiments/test_config.py
+
+notebooks: $(DEV)
 	$(BIN)/python -m bagua_jax.experiments.studies
 
-lint: $(INSTALLED)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: $(INSTALLED)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -60,7 +70,15 @@ $(BIN)/pip:
 	    exit 1; }
 	$(PYTHON) -m venv .venv
 
-$(INSTALLED): pyproject.toml | $(BIN)/pip
-	@echo 'Installing bagua_jax into .venv. The first time takes a few minutes.'
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+define install
+@echo 'Installing bagua_jax[$(1)] into .venv. The first time takes a few minutes.'
+$(BIN)/python -m pip install --quiet --editable '.[$(1)]'
+endef
+
+$(EXPERIMENTS): pyproject.toml | $(BIN)/pip
+	$(call install,experiments)
 	touch $@
+
+$(DEV): pyproject.toml | $(BIN)/pip
+	$(call install,dev)
+	touch $(EXPERIMENTS) $@

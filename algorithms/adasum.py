@@ -1,12 +1,13 @@
 """Adasum: gradients that agree are averaged, orthogonal ones are added."""
 
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives
+from bagua_jax import buckets, checks, precision, primitives
 from bagua_jax.primitives import AxisName
 
 __all__ = ["adasum"]
@@ -38,7 +39,7 @@ def adasum(
             number must be a power of two.
         scope: what a and b are: ``"leaf"`` combines every leaf by its own angle,
             ``"whole"`` the gradient as one vector; static.
-        bucket_bytes: wished size of a message in bytes; static. It changes nothing
+        bucket_bytes: target message size in bytes (static). It changes nothing
             else.
 
     Returns:
@@ -99,6 +100,9 @@ def adasum(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
+        if scope == "whole":
+            what, cure = "the angle of all leaves", "Use scope='leaf'."
+            checks.require_one_type(updates, axis_name, caller, what, cure)
         devices = primitives.axis_size(axis_name, caller)
         peers = primitives.peer_axis(axis_name)
         n = _power_of_two(primitives.num_peers(axis_name, caller))
@@ -106,7 +110,7 @@ def adasum(
         # A row of every leaf for each device: owners' parts end where leaves do.
         rows = jax.tree.map(lambda g: _in_rows(g, devices), updates)
         one_row = jax.tree.map(lambda x: x[0], rows)
-        plan = buckets.plan(one_row, max(1, bucket_bytes // devices))
+        plan = buckets.plan(one_row, max(1, bucket_bytes // devices), axis_name)
         shards = [
             primitives.node_shard(x.reshape(-1), axis_name, caller, "zero")
             for x in jax.vmap(plan.pack)(rows)
@@ -115,7 +119,7 @@ def adasum(
             primitives.scatter_rows(shard.value.reshape(n, -1), axis_name=peers)
             for shard in shards
         ]
-        versions = optax.tree.cast(jax.vmap(plan.unpack)(owned), jnp.float32)
+        versions = precision.wide(jax.vmap(plan.unpack)(owned))
         while n > 1:
             versions = _combine_pairs(versions, scope, axis_name)
             n //= 2
@@ -134,22 +138,21 @@ def _combine_pairs(versions: Any, scope: str, axis_name: AxisName) -> Any:
     """Combine versions 0 and 1, 2 and 3, ... of a part: [k, m] leaves to [k/2, m]."""
     leaves, structure = jax.tree.flatten(versions)
     pairs = [(x[0::2], x[1::2]) for x in leaves]
-    products = jnp.stack([_products(a, b) for a, b in pairs])  # [leaves, 3, k/2]
+    products = [_products(a, b) for a, b in pairs]  # [3, k/2] each
     if scope == "whole":
-        products = jnp.sum(products, axis=0, keepdims=True)
+        products = [jnp.sum(jnp.stack(products), axis=0)]
     # A mean over the parts serves as well as their sum: only ratios count.
-    mean = primitives.c_fp_s(products.reshape(-1), axis_name=axis_name)
-    ab, aa, bb = jnp.moveaxis(mean.reshape(products.shape), 1, 0)[..., None]
+    plan = buckets.plan(products, math.inf, axis_name)
+    vectors = plan.pack(products)
+    means = plan.unpack([primitives.c_fp_s(v, axis_name=axis_name) for v in vectors])
 
-    def share(own):
-        share = 1 - ab / (2 * jnp.where(own == 0, 1, own))
-        return jnp.broadcast_to(share, (len(leaves), *share.shape[1:]))
+    def combine(pair, mean):
+        ab, *own = mean[..., None]
+        of_a, of_b = (1 - ab / (2 * jnp.where(x == 0, 1, x)) for x in own)
+        return of_a * pair[0] + of_b * pair[1]
 
-    combined = [
-        of_a * a + of_b * b
-        for (a, b), of_a, of_b in zip(pairs, share(aa), share(bb), strict=True)
-    ]
-    return jax.tree.unflatten(structure, combined)
+    each = means if scope == "leaf" else means * len(pairs)
+    return jax.tree.unflatten(structure, map(combine, pairs, each))
 
 
 def _products(a: jax.Array, b: jax.Array) -> jax.Array:

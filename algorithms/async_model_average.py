@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, precision, primitives, schedules
+from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 
 __all__ = ["AsyncModelAverageState", "async_model_average"]
@@ -55,7 +56,7 @@ def async_model_average(
         staleness: steps from a snapshot to its use, from 0 to ``period``; static.
         warmup_steps: first steps, on which models are averaged at every step; at least
             0; static.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -79,7 +80,8 @@ def async_model_average(
     Differences from the original:
         Deterministic, with a stated staleness, where the original runs a thread on a
         timer. The warm-up averages models, where the original averages gradients: the
-        same for optimizers that are linear in the gradient, such as SGD with momentum.
+        same for optimizers that are linear in the gradient, such as SGD with momentum,
+        because their states are equal until the first local phase.
 
     References:
         Gan et al., BAGUA, 2021 (arXiv 2107.01499), algorithm ``async``. Stich, `Local
@@ -105,16 +107,16 @@ def async_model_average(
 
     def init_fn(params) -> Any:
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
+        zeros = primitives.worker_local(precision.zeros(params), axis_name)
         return AsyncModelAverageState(
             count=jnp.zeros([], jnp.int32),
-            correction=primitives.worker_local(zeros, axis_name) if staleness else None,
+            correction=zeros if staleness else None,
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         checks.require_weights(updates, params, axis_name, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         step = state.count - warmup_steps
 
         def mean(x):
@@ -131,25 +133,23 @@ def async_model_average(
         def go_on(x, correction):
             return x, correction
 
-        x = jax.tree.map(
-            lambda x, u: x.astype(jnp.float32) + u.astype(jnp.float32), params, updates
-        )
+        x = weights.adapt(params, updates, axis_name)
         if staleness:
             arrives = (step - staleness + 1) % period == 0
             x = jax.tree.map(
                 lambda x, c: x + jnp.where(arrives, c, 0), x, state.correction
             )
-        x = primitives.worker_local(x, axis_name)
 
         branches = [go_on, take_snapshot if staleness else average, average]
         shares = [1 - 1 / period, 1 / period, 0]
-        index = jnp.where(step < 0, 2, (step + 1) % period == 0)
+        due = ((step + 1) % period == 0).astype(jnp.int32)
+        index = jnp.where(step < 0, 2, due)
         if not warmup_steps:
             branches, shares = branches[:2], shares[:2]
         x, correction = schedules.switch(
             index, branches, x, state.correction, shares=shares
         )
-        new_updates = optax.tree.cast_like(optax.tree.sub(x, params), updates)
+        new_updates = weights.updates_to(x, params, updates)
         count = schedules.increment(state.count)
         return new_updates, AsyncModelAverageState(count, correction)
 

@@ -1,17 +1,15 @@
 """ByteGrad: gradients averaged in 8 bits."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives
+from bagua_jax import buckets, checks
+from bagua_jax.algorithms.feedback import ErrorFeedback, init_errors, scatter_reduce
 from bagua_jax.compressors import minmax_uint8
 from bagua_jax.primitives import AxisName, Errors
 
-__all__ = ["ByteGradState", "ErrorFeedback", "bytegrad"]
-
-ErrorFeedback = Literal["none", "worker", "owner", "both"]
+__all__ = ["ByteGradState", "bytegrad"]
 
 
 class ByteGradState(NamedTuple):
@@ -44,7 +42,7 @@ def bytegrad(
     Args:
         axis_name: the workers' axis, or ``("node", "local")``: then gradients are
             averaged in full precision inside the node and nodes are the workers.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         error_feedback: where the errors d (``"worker"``) and e (``"owner"``) are kept:
             there, at ``"both"`` ends, or at ``"none"``, as the original; static.
 
@@ -99,27 +97,10 @@ def bytegrad(
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
-
-        def exchange(g, worker, owner):
-            mean, errors = primitives.c_lp_s(
-                g, compressor, Errors(worker, owner), axis_name=axis_name
-            )
-            return mean, *errors
-
-        plan = buckets.plan(updates, bucket_bytes)
-        mean, *errors = plan.map(exchange, updates, *state.error)
-        return mean, ByteGradState(Errors(*errors))
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
+        mean, error = scatter_reduce(
+            updates, state.error, plan, compressor, axis_name=axis_name
+        )
+        return mean, ByteGradState(error)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def init_errors(params: Any, where: ErrorFeedback, axis_name: AxisName) -> Errors:
-    """Make the zero errors of a tree: like params, float32, worker-local."""
-
-    def zeros(wanted: bool):
-        if not wanted:
-            return None
-        error = optax.tree.zeros_like(params, dtype=jnp.float32)
-        return primitives.worker_local(error, axis_name)
-
-    return Errors(zeros(where in ("worker", "both")), zeros(where in ("owner", "both")))

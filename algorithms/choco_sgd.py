@@ -1,13 +1,20 @@
 """CHOCO-SGD: gossip on public copies, kept up to date by compressed differences."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import (
+    buckets,
+    checks,
+    compatibility,
+    precision,
+    primitives,
+    schedules,
+    topologies,
+)
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
@@ -58,7 +65,7 @@ def choco_sgd(
             stochastic and of period 1.
         consensus_step_size: gamma > 0: 1 without compression, the smaller the coarser
             C; tuned values are 0.5 for signs and 0.04 for the top 1%.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -67,9 +74,14 @@ def choco_sgd(
     Raises:
         ValueError: if an argument is out of range, the topology is unknown, rotates, is
             not doubly stochastic, is made for another n, or not legal for this one; if
-            the compressor keeps state; if params are missing, of another structure, not
-            floating point, or hold no elements.
+            the compressor keeps state, or its error can exceed the vector (unbiased,
+            omega >= 1); if params are missing, of another structure, not floating
+            point, or hold no elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor without a known
+            contraction.
 
     Communication:
         For each bucket one collective-permute of the payload for each neighbour.
@@ -110,16 +122,17 @@ def choco_sgd(
         caller, "consensus_step_size", consensus_step_size, 0, open_below=True
     )
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
+    check = compatibility.require_compressor(caller, compressor, compatibility.FED_BACK)
     padding = compressor.facts.padding
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(weights.private(params, axis_name))
+        zeros = lambda: primitives.worker_local(precision.zeros(params), axis_name)  # noqa: E731
         return ChocoSGDState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
-            public=zeros,
-            aggregate=zeros,
+            public=zeros(),
+            aggregate=zeros(),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -129,19 +142,19 @@ def choco_sgd(
         graph = topologies.resolve(topology, n, caller)
         _require_graph(graph, caller)
         mixing, peers = graph.steps[0], primitives.peer_axis(axis_name)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
 
-        def exchange(x, public, aggregate):
+        def exchange(x, public, aggregate, key):
             shard = primitives.node_shard(x, axis_name, caller, padding)
+            check(shard.value.shape[0])
             public, aggregate = shard.take(public), shard.take(aggregate)
             own, *theirs = primitives.compressed_neighbours(
                 shard.value - public,
                 compressor,
                 mixing,
                 axis_name=peers,
-                key=next(bucket_keys),
+                key=key,
             )
             public = public + own
             aggregate = aggregate + primitives.mix(
@@ -156,6 +169,7 @@ def choco_sgd(
                 weights.adapt(params, updates, axis_name),
                 state.public,
                 state.aggregate,
+                keys=key,
             ),
             axis_name,
         )

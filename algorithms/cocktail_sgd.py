@@ -1,17 +1,16 @@
 """CocktailSGD: a random mask, the largest inside it, and few bits for each of those."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, compatibility, primitives, schedules
 from bagua_jax.algorithms import weights
-from bagua_jax.algorithms.bytegrad import init_errors
+from bagua_jax.algorithms.feedback import init_errors
 from bagua_jax.compressors import Compressor, blockwise, chain, topk
-from bagua_jax.compressors.numerics import kept, poisoned
+from bagua_jax.compressors.numerics import draw_places, kept, poisoned
 from bagua_jax.primitives import AxisName, Errors
 
 __all__ = ["CocktailSGDState", "cocktail_sgd"]
@@ -59,14 +58,14 @@ def cocktail_sgd(
     gradients are taken at :math:`\hat x + u_i` without it.
 
     Args:
-        compressor: C on the entries inside the mask, stateless; ``topk`` and
-            ``blockwise`` in a chain by default. Every owner's part has its own.
+        compressor: C on the entries inside the mask, stateless, a contraction; ``topk``
+            and ``blockwise`` in a chain by default. Every owner's part has its own.
         axis_name: the workers' axis, or ``("node", "local")``: then updates are
             averaged in full precision inside the node and nodes are the workers.
         mask_ratio: share of entries inside the mask, in (0, 1]; static. The same places
             of every part; at least one.
         staleness: 0, or 1 for an exchange that may overlap with the next step; static.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that masks and a stochastic compressor draw from.
 
     Returns:
@@ -74,10 +73,14 @@ def cocktail_sgd(
         workers must start from equal params.
 
     Raises:
-        ValueError: if an argument is out of range; if the compressor keeps state; if
-            params are missing, of another structure, not floating point, or hold no
-            elements.
+        ValueError: if an argument is out of range; if the compressor keeps state, or
+            feedback would make its error grow; if params are missing, of another
+            structure, not floating point, or hold no elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor without a known
+            contraction.
 
     Communication:
         For each bucket one all-to-all and one all-gather of payloads for
@@ -121,6 +124,7 @@ def cocktail_sgd(
             "under way at a time."
         )
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
+    check = compatibility.require_compressor(caller, compressor, compatibility.FED_BACK)
 
     def init_fn(params) -> Any:
         checks.require_floats(params, caller)
@@ -137,18 +141,18 @@ def cocktail_sgd(
         del extra_args
         checks.require_weights(updates, params, axis_name, caller)
         n = primitives.num_peers(axis_name, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
 
-        def exchange(progress, error, owner_error):
+        def exchange(progress, error, owner_error, key):
             if progress.size == 0:
                 return progress, error, owner_error
             shard = primitives.node_shard(progress, axis_name, caller, "zero")
             size = shard.value.shape[0]
             length = -(-size // n)
-            mask_key, codec_key = jax.random.split(next(bucket_keys))
-            inside = _draw(mask_key, length, kept(mask_ratio, length))
+            mask_key, codec_key = jax.random.split(key)
+            inside = draw_places(mask_key, length, kept(mask_ratio, length))
+            check(inside.shape[0])
 
             def parts(x):  # a row for each owner, whatever the mask
                 return jnp.pad(x, (0, n * length - size)).reshape(n, length)
@@ -175,7 +179,7 @@ def cocktail_sgd(
 
         progress = weights.private(updates, axis_name)
         move, *error = primitives.worker_local(
-            plan.map(exchange, progress, *state.error), axis_name
+            plan.map(exchange, progress, *state.error, keys=key), axis_name
         )
         if staleness:
             shared = optax.tree.add(state.shared, state.pending)
@@ -192,10 +196,3 @@ def cocktail_sgd(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _draw(key: jax.Array, length: int, count: int) -> jax.Array:
-    """Draw ``count`` of the places 0 .. length - 1; all of them in their order."""
-    if count == length:
-        return jnp.arange(length)
-    return jax.lax.top_k(jax.random.bits(key, (length,), jnp.uint32), count)[1]

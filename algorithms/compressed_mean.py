@@ -1,15 +1,16 @@
 """Gradients compressed in any way, averaged by any plan, with error feedback."""
 
-import itertools
-import warnings
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
-from bagua_jax.algorithms.bytegrad import ErrorFeedback, init_errors
+from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
+from bagua_jax.algorithms.feedback import ErrorFeedback, init_errors
+from bagua_jax.compatibility import is_stateful
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName, Errors
 
@@ -86,10 +87,11 @@ def compressed_mean(
             ``scatter_reduce``.
         error_feedback: where the errors d (``"worker"``) and e (``"owner"``) are kept:
             there, at ``"both"`` ends, or at ``"none"``. Where ``None``: none for
-            unbiased compressors, else wherever something is compressed.
-        unsafe: take a biased compressor without error feedback all the same: the
-            baseline that shows what feedback is for.
-        bucket_bytes: wished size of a bucket in bytes; static.
+            unbiased compressors and for ``cast`` to 8 bits, else wherever something is
+            compressed.
+        unsafe: take a compressor all the same whose bias would be lost, or whose error
+            feedback makes grow: the baseline that shows what the rule is for.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -100,13 +102,16 @@ def compressed_mean(
             arithmetic or theory forbids: summing payloads that cannot be summed;
             partitioning a stateful compressor; feedback at an owner that does not
             exist; a biased compressor that loses most of a vector, or has no
-            contraction at all, without error feedback. When ``update`` is traced, for
-            the gradients that every gradient-side algorithm refuses.
+            contraction at all, without error feedback at an end where it is used; error
+            feedback around an unbiased one whose error can exceed the vector, or around
+            a cast to 8 bits. When ``update`` is traced, for the gradients that every
+            gradient-side algorithm refuses.
         NameError: if the axis is not mapped where ``update`` is called.
 
     Warns:
         UserWarning: once, at construction, where a combination is merely risky: error
-            feedback around a compressor that is not contractive.
+            feedback around a biased compressor that is no contraction on every vector;
+            a cast to 8 bits, which loses gradients below its range.
 
     Communication:
         linear_sum: one all-reduce of the payload per bucket. scatter_reduce: one
@@ -143,56 +148,75 @@ def compressed_mean(
     checks.require_choice(caller, "plan", plan, get_args(Plan))
     if error_feedback is None:
         everywhere = "both" if plan == "scatter_reduce" else "worker"
-        error_feedback = "none" if compressor.facts.unbiased else everywhere
+        error_feedback = "none" if _stands_alone(compressor) else everywhere
     choices = ("none", "worker", "owner", "both")
     checks.require_choice(caller, "error_feedback", error_feedback, choices)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
-    _require_legal(compressor, plan, error_feedback, unsafe, axis_name)
-    stateful = _is_stateful(compressor)
+    _require_plan(compressor, plan, error_feedback, axis_name)
+    check = _require_feedback(compressor, plan, error_feedback, unsafe)
+    stateful = is_stateful(compressor)
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        layout = buckets.plan(params, bucket_bytes)
-        sizes = layout.sizes if stateful else ()
-        codec = tuple(compressor.init(jnp.zeros((d,), jnp.float32)) for d in sizes)
+        layout = buckets.plan(params, bucket_bytes, axis_name)
+        leaves, codec = jax.tree.leaves(params), []
+        for size, bucket in zip(layout.sizes, layout.buckets, strict=True):
+            first = leaves[bucket[0]]
+            vector = jnp.zeros((size,), precision.wide_dtype(first))
+            kept = compressor.init(vector) if stateful else ()
+            axes = tuple(sorted(primitives.varying_axes(first)))
+            codec.append(primitives.worker_local(kept, axes))
         return CompressedMeanState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
             error=init_errors(params, error_feedback, axis_name),
-            codec=primitives.worker_local(codec, axis_name),
+            codec=primitives.worker_local(tuple(codec) if stateful else (), axis_name),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
-        old, new = iter(state.codec or itertools.repeat(())), []
 
-        def exchange(g, worker, owner):
-            where = {"axis_name": axis_name, "key": next(bucket_keys)}
+        def exchange(g, worker, owner, codec, key):
+            where = {"axis_name": axis_name, "key": key}
+            if plan in ("scatter_reduce", "ring"):
+                check(primitives.part_length(g, axis_name))
             if plan == "scatter_reduce":
                 mean, errors = primitives.c_lp_s(
                     g, compressor, Errors(worker, owner), **where
                 )
-                return mean, *errors
+                return mean, *errors, codec
             if plan == "ring":
                 mean, worker = primitives.ring_mean(g, compressor, worker, **where)
-                return mean, worker, None
+                return mean, worker, None, codec
+            check(primitives.shard_length(g, axis_name))
             run = getattr(
                 primitives, "linear_mean" if plan == "linear_sum" else "gather_mean"
             )
-            mean, worker, codec = run(g, compressor, worker, state=next(old), **where)
-            new.append(primitives.worker_local(codec, axis_name))
-            return mean, worker, None
+            mean, worker, codec = run(g, compressor, worker, state=codec, **where)
+            return mean, worker, None, primitives.worker_local(codec, axis_name)
 
-        layout = buckets.plan(updates, bucket_bytes)
-        mean, *errors = layout.map(exchange, updates, *state.error)
-        return mean, CompressedMeanState(
+        layout = buckets.plan(updates, bucket_bytes, axis_name)
+        codecs = state.codec if stateful else ((),) * len(layout.buckets)
+        if len(codecs) != len(layout.buckets):
+            raise ValueError(
+                f"{caller}: the state holds a codec for each of {len(codecs)} buckets, "
+                f"and gradients fill {len(layout.buckets)}: they vary over other axes "
+                "than the parameters that `init` saw. Call `init` where `update` is, "
+                "inside the same shard_map."
+            )
+        columns = zip(*map(layout.pack, (updates, *state.error)), codecs, strict=True)
+        results = [
+            exchange(g, worker, owner, codec, jax.random.fold_in(key, bucket))
+            for bucket, (g, worker, owner, codec) in enumerate(columns)
+        ]
+        mean, worker, owner, codecs = zip(*results, strict=True)
+        return layout.unpack(mean), CompressedMeanState(
             count=schedules.increment(state.count),
             key=state.key,
-            error=Errors(*errors),
-            codec=tuple(new) if stateful else (),
+            error=Errors(layout.unpack(worker), layout.unpack(owner)),
+            codec=codecs if stateful else (),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -217,30 +241,34 @@ def choose_plan(compressor: Compressor) -> Plan:
     if compressor.facts.linear:
         return "linear_sum"
     bits = 8 * compressor.facts.payload_bytes(_TYPICAL) / _TYPICAL.shape[0]
-    return "all_gather" if bits < 0.5 or _is_stateful(compressor) else "scatter_reduce"
+    return "all_gather" if bits < 0.5 or is_stateful(compressor) else "scatter_reduce"
 
 
-def _is_stateful(compressor: Compressor) -> bool:
-    return bool(jax.tree.leaves(jax.eval_shape(compressor.init, _TYPICAL)))
+def _stands_alone(compressor: Compressor) -> bool:
+    """Whether nothing is gained by feeding its error back."""
+    alone = compatibility.judge(compressor, compatibility.FRESH, _TYPICAL.shape[0])
+    without_scale = compatibility.has_no_scale(compressor)
+    return compressor.facts.unbiased or (without_scale and alone.kind != "refused")
 
 
-def _require_legal(compressor, plan, error_feedback, unsafe, axis_name) -> None:
-    """Refuse what cannot work; warn of what need not."""
-    facts, d = compressor.facts, _TYPICAL.shape[0]
-    if plan == "linear_sum" and not facts.linear:
+def _require_plan(compressor, plan, error_feedback, axis_name) -> None:
+    """Refuse what the arithmetic of a plan forbids."""
+    name = compressor.facts.name
+    if plan == "linear_sum" and not compressor.facts.linear:
         raise ValueError(
-            f"compressed_mean: payloads of {facts.name} cannot be summed, so "
+            f"compressed_mean: payloads of {name} cannot be summed, so "
             "plan='linear_sum' would add codes of different meaning. Use 'all_gather' "
             "or 'scatter_reduce'."
         )
-    if _is_stateful(compressor) and plan in ("scatter_reduce", "ring"):
+    stateful = is_stateful(compressor)
+    if stateful and plan in ("scatter_reduce", "ring"):
         raise ValueError(
-            f"compressed_mean: {facts.name} keeps state for a whole vector, and "
+            f"compressed_mean: {name} keeps state for a whole vector, and "
             f"plan={plan!r} cuts it in parts. Use 'all_gather'."
         )
-    if _is_stateful(compressor) and not isinstance(axis_name, str):
+    if stateful and not isinstance(axis_name, str):
         raise ValueError(
-            f"compressed_mean: {facts.name} keeps state for a whole vector, and a "
+            f"compressed_mean: {name} keeps state for a whole vector, and a "
             f"hierarchy {axis_name!r} exchanges shards. Use one axis."
         )
     if error_feedback in ("owner", "both") and plan != "scatter_reduce":
@@ -248,31 +276,30 @@ def _require_legal(compressor, plan, error_feedback, unsafe, axis_name) -> None:
             f"compressed_mean: with plan={plan!r} no owner compresses a mean, so "
             f"error_feedback={error_feedback!r} has nothing to keep. Use 'worker'."
         )
-    if facts.unbiased:
-        omega = facts.omega(d) if facts.omega else 0.0
-        if error_feedback != "none" and omega >= 1:
-            warnings.warn(
-                f"compressed_mean: error feedback around {facts.name}, unbiased with "
-                f"omega={omega:.3g} at d={d}: its error exceeds the vector, and what "
-                "feedback carries can grow. Leave feedback out, or use an unscaled, "
-                "contractive relative.",
-                stacklevel=3,
-            )
-        return
-    delta = facts.delta(d) if facts.delta else None
-    if error_feedback == "none" and not unsafe and (delta is None or delta < 0.5):
-        known = "no contraction" if delta is None else f"delta={delta:.3g} at d={d}"
-        raise ValueError(
-            f"compressed_mean: {facts.name} is biased with {known}, and without error "
-            "feedback what it drops is lost for good: it stalls or diverges on simple "
-            "problems. Use error_feedback='worker'"
-            + (" or 'both'." if plan == "scatter_reduce" else ".")
-            + " unsafe=True shows it."
-        )
-    if error_feedback != "none" and delta is None:
-        warnings.warn(
-            f"compressed_mean: {facts.name} is not contractive on every vector, so "
-            "error feedback is without guarantee: its error can grow on sparse "
-            "gradients.",
-            stacklevel=3,
-        )
+
+
+def _require_feedback(
+    compressor, plan, error_feedback, unsafe
+) -> Callable[[int], None]:
+    """Judge the compressor by what becomes of its error at each end that uses it."""
+    ends = {"worker", "owner"} if plan == "scatter_reduce" else {"worker"}
+    kept = ends if error_feedback == "both" else ends & {error_feedback}
+    cure = f"Use error_feedback={'both' if len(ends) > 1 else 'worker'!r}"
+    judged = functools.partial(
+        compatibility.require_compressor,
+        "compressed_mean",
+        compressor,
+        stateful=True,
+        unsafe=unsafe,
+        stacklevel=4,
+    )
+    fed_back_in_vain = kept and compatibility.has_no_scale(compressor)  # refused below
+    if kept != ends and not fed_back_in_vain:
+        judged(compatibility.FRESH, cure=f"{cure}. unsafe=True shows it.")
+    if not kept:
+        return lambda d: None
+    cure = (
+        "Use no error feedback where it is unbiased, or an unscaled relative, which "
+        "contracts. unsafe=True shows it."
+    )
+    return judged(compatibility.FED_BACK, cure=cure)

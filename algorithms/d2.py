@@ -42,7 +42,7 @@ def d2(
         topology: a name, built for the axis's size, or a ``Topology``; symmetric,
             doubly stochastic, of period 1, with all eigenvalues above -1/3. There is no
             default, as the ring of weights 1/3 and even n stands exactly at -1/3.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept. All
@@ -95,7 +95,7 @@ def d2(
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
         _require_graph(graph, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
 
         adapted = weights.adapt(params, updates, axis_name)
         extrapolated = weights.correct(adapted, params, state.adapted)

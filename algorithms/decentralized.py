@@ -51,7 +51,7 @@ def decentralized(
         communication_interval: H, at least 1; static.
         combine: whether mixing comes before the update, as in the original (combine,
             then adapt), or after it (adapt, then combine); static.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -104,7 +104,7 @@ def decentralized(
         checks.require_weights(updates, params, axis_name, caller)
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         communication, since = jnp.divmod(state.count, communication_interval)
 
         def mix(x):

@@ -1,13 +1,20 @@
 """DeepSqueeze: gossip on compressed models whose compression errors are fed back."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import (
+    buckets,
+    checks,
+    compatibility,
+    precision,
+    primitives,
+    schedules,
+    topologies,
+)
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
@@ -44,13 +51,13 @@ def deep_squeeze(
         x_i' = x_i + u_i + \eta \Big( \sum_j W_{ij} c_j - c_i \Big)
 
     Args:
-        compressor: C, stateless.
+        compressor: C, stateless; contractive, biased or not.
         axis_name: the workers' axis, or ``("node", "local")``: then devices of a node
             are averaged and nodes gossip, each device a shard.
         topology: a name, built for the axis's size, or a ``Topology``; doubly
             stochastic and of period 1.
         mixing_rate: eta > 0: 1 without compression, the smaller the coarser C.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -59,9 +66,14 @@ def deep_squeeze(
     Raises:
         ValueError: if an argument is out of range, the topology is unknown, rotates, is
             not doubly stochastic, is made for another n, or not legal for this one; if
-            the compressor keeps state; if params are missing, of another structure, not
-            floating point, or hold no elements.
+            the compressor keeps state, or its error can exceed the vector (unbiased,
+            omega >= 1); if params are missing, of another structure, not floating
+            point, or hold no elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor without a known
+            contraction.
 
     Communication:
         For each bucket one collective-permute of the payload for each neighbour.
@@ -96,6 +108,7 @@ def deep_squeeze(
         _require_graph(topology, caller)
     checks.require_within(caller, "mixing_rate", mixing_rate, 0, open_below=True)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
+    check = compatibility.require_compressor(caller, compressor, compatibility.FED_BACK)
     padding = compressor.facts.padding
 
     def init_fn(params):
@@ -103,7 +116,7 @@ def deep_squeeze(
         return DeepSqueezeState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
-            error=optax.tree.zeros_like(weights.private(params, axis_name)),
+            error=primitives.worker_local(precision.zeros(params), axis_name),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -113,22 +126,27 @@ def deep_squeeze(
         graph = topologies.resolve(topology, n, caller)
         _require_graph(graph, caller)
         mixing, peers = graph.steps[0], primitives.peer_axis(axis_name)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
 
-        def exchange(x, error):
+        def exchange(x, error, key):
             shard = primitives.node_shard(x, axis_name, caller, padding)
+            check(shard.value.shape[0])
             v = shard.value + shard.take(error)
             own, *theirs = primitives.compressed_neighbours(
-                v, compressor, mixing, axis_name=peers, key=next(bucket_keys)
+                v, compressor, mixing, axis_name=peers, key=key
             )
             mixed = primitives.mix(own, tuple(theirs), mixing, axis_name=peers)
             x = shard.value + mixing_rate * (mixed - own)
             return shard.gather(x), shard.put(v - own)
 
         x, error = primitives.worker_local(
-            plan.map(exchange, weights.adapt(params, updates, axis_name), state.error),
+            plan.map(
+                exchange,
+                weights.adapt(params, updates, axis_name),
+                state.error,
+                keys=key,
+            ),
             axis_name,
         )
         new_updates = weights.updates_to(x, params, updates)

@@ -1,13 +1,20 @@
 """Delayed CHOCO: compressed gossip whose messages arrive some steps late."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import (
+    buckets,
+    checks,
+    compatibility,
+    precision,
+    primitives,
+    schedules,
+    topologies,
+)
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
@@ -64,7 +71,7 @@ def delayed_choco(
             stochastic and of period 1.
         consensus_step_size: gamma > 0; see Theory for its limit.
         staleness: tau, steps from a message to its use, at least 0; static.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -73,9 +80,14 @@ def delayed_choco(
     Raises:
         ValueError: if an argument is out of range, the topology is unknown, rotates, is
             not doubly stochastic, is made for another n, or not legal for this one; if
-            the compressor keeps state; if params are missing, of another structure, not
-            floating point, or hold no elements.
+            the compressor keeps state, or its error can exceed the vector (unbiased,
+            omega >= 1); if params are missing, of another structure, not floating
+            point, or hold no elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor without a known
+            contraction.
 
     Communication:
         For each bucket one collective-permute of the payload for each neighbour. What
@@ -125,17 +137,18 @@ def delayed_choco(
     )
     checks.require_at_least(caller, "staleness", staleness, 0, "It is in steps.")
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
+    check = compatibility.require_compressor(caller, compressor, compatibility.FED_BACK)
     padding = compressor.facts.padding
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(weights.private(params, axis_name))
+        zeros = lambda: primitives.worker_local(precision.zeros(params), axis_name)  # noqa: E731
         return DelayedChocoState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
-            public=zeros,
-            disagreement=zeros,
-            in_flight=(zeros,) * staleness,
+            public=zeros(),
+            disagreement=zeros(),
+            in_flight=tuple(zeros() for _ in range(staleness)),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -145,12 +158,12 @@ def delayed_choco(
         graph = topologies.resolve(topology, n, caller)
         _require_graph(graph, caller)
         mixing, peers = graph.steps[0], primitives.peer_axis(axis_name)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
 
-        def exchange(x, public, disagreement, *in_flight):
+        def exchange(x, public, disagreement, *in_flight, key):
             shard = primitives.node_shard(x, axis_name, caller, padding)
+            check(shard.value.shape[0])
             public, disagreement, *queue = map(
                 shard.take, (public, disagreement, *in_flight)
             )
@@ -159,7 +172,7 @@ def delayed_choco(
                 compressor,
                 mixing,
                 axis_name=peers,
-                key=next(bucket_keys),
+                key=key,
             )
             public = public + own
             mixed = primitives.mix(own, tuple(theirs), mixing, axis_name=peers)
@@ -175,6 +188,7 @@ def delayed_choco(
                 state.public,
                 state.disagreement,
                 *state.in_flight,
+                keys=key,
             ),
             axis_name,
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, precision, primitives, schedules
 from bagua_jax.primitives import AxisName
 
 __all__ = ["DelayedGradientsState", "delayed_gradients"]
@@ -49,7 +49,7 @@ def delayed_gradients(
             static. One number; a sequence [period], the delay of all workers on each
             step, repeated; or rows [period, n], one delay for each worker, devices of
             a hierarchy in row-major order. 0 is ``gradient_allreduce``.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -108,16 +108,15 @@ def delayed_gradients(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        nothing = optax.tree.zeros_like(params, dtype=jnp.float32)
+        pending = tuple(precision.zeros(params) for _ in range(longest))
         if own_delays:
-            nothing = primitives.worker_local(nothing, axis_name)
-        count = jnp.zeros([], jnp.int32)
-        return DelayedGradientsState(count, (nothing,) * longest)
+            pending = primitives.worker_local(pending, axis_name)
+        return DelayedGradientsState(jnp.zeros([], jnp.int32), pending)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
 
         def mean(grads):
             vectors = plan.pack(grads)
@@ -135,7 +134,7 @@ def delayed_gradients(
 
         if own_delays:
             _require_columns(trace, primitives.axis_size(axis_name, caller), axis_name)
-        latest = optax.tree.cast(updates if own_delays else mean(updates), jnp.float32)
+        latest = precision.wide(updates if own_delays else mean(updates))
         if longest:
             latest = primitives.vary_like(latest, state.pending[-1])
         pending = (*state.pending, latest)
@@ -148,7 +147,7 @@ def delayed_gradients(
 
 
 def _read_trace(staleness: Any) -> np.ndarray:
-    """Give the delays as integers [period] or [period, n]."""
+    """Return the delays as integers [period] or [period, n]."""
     try:
         trace = np.atleast_1d(np.asarray(staleness))
     except ValueError:  # rows of different lengths

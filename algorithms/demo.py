@@ -8,9 +8,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, precision, primitives, schedules
 from bagua_jax.compressors import SparsePayload
 from bagua_jax.compressors.dct import block_dct, join_blocks, split_blocks
+from bagua_jax.compressors.numerics import is_finite
 from bagua_jax.compressors.topk import largest_of_rows, rows_of_sparse
 from bagua_jax.primitives import AxisName
 
@@ -111,7 +112,7 @@ def demo(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
+        zeros = precision.zeros(params)
         return DeMoState(
             count=jnp.zeros([], jnp.int32),
             momentum=primitives.worker_local(zeros, axis_name),
@@ -122,7 +123,7 @@ def demo(
         checks.require_gradients(updates, params, axis_name, caller)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
-        grads = _mean_inside_node(optax.tree.cast(updates, jnp.float32), axis_name)
+        grads = _mean_inside_node(precision.wide(updates), axis_name)
         momentum = jax.tree.map(
             lambda m, g: decay * m + rate * block_dct(g, chunk), state.momentum, grads
         )
@@ -132,13 +133,15 @@ def demo(
 
         rows = [split_blocks(kept[i], chunk) for i in filled]
         fastest = [largest_of_rows(r, min(topk, r.shape[1])) for r in rows]
-        received = primitives.gather_payloads(fastest, axis_name=axis_name)
+        received = _gather(fastest, axis_name)
 
         for i, r, own, sent in zip(filled, rows, fastest, received, strict=True):
             shape = kept[i].shape
             kept[i] -= join_blocks(rows_of_sparse(own, *r.shape), shape, chunk)
             mean = join_blocks(_mean_over_senders(sent, *r.shape), shape, chunk)
-            signs[i] = jnp.sign(block_dct(mean, chunk, inverse=True))
+            step = block_dct(mean, chunk, inverse=True)
+            # The sign of an infinity would look like any other.
+            signs[i] = jnp.where(is_finite(step), jnp.sign(step), jnp.nan)
         direction = jax.tree.unflatten(structure, signs)
         if isinstance(weight_decay, jax.Array) or weight_decay:
             if params is None:
@@ -163,9 +166,23 @@ def _mean_inside_node(tree: Any, axis_name: AxisName) -> Any:
     """Average over the second axis of a hierarchy; without one give the tree back."""
     if isinstance(axis_name, str):
         return tree
-    plan = buckets.plan(tree)
+    plan = buckets.plan(tree, axis_name=axis_name)
     shards = [primitives.node_shard(v, axis_name, "demo") for v in plan.pack(tree)]
     return plan.unpack([shard.gather(shard.value) for shard in shards])
+
+
+def _gather(payloads: list[SparsePayload], axis_name: AxisName) -> list[SparsePayload]:
+    """Gather payloads in one message for each of their varying types."""
+    types = primitives.leaf_types([p.values for p in payloads], axis_name)
+    received: list[Any] = [None] * len(payloads)
+    for kind in dict.fromkeys(types):
+        chosen = [i for i, own in enumerate(types) if own == kind]
+        together = primitives.gather_payloads(
+            [payloads[i] for i in chosen], axis_name=axis_name
+        )
+        for i, payload in zip(chosen, together, strict=True):
+            received[i] = payload
+    return received
 
 
 def _mean_over_senders(payload: SparsePayload, rows: int, width: int) -> jax.Array:
@@ -184,6 +201,7 @@ def _mean_over_senders(payload: SparsePayload, rows: int, width: int) -> jax.Arr
         )
         return (total, count), None
 
-    zeros = jnp.zeros((rows * width,), jnp.float32)
+    zeros = jnp.zeros((rows * width,), payload.values.dtype)
+    zeros = primitives.vary_like(zeros, payload.values)
     (total, count), _ = lax.scan(add, (zeros, zeros), payload)
     return (total / jnp.maximum(count, 1)).reshape(rows, width)

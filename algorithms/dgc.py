@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives
+from bagua_jax import buckets, checks, precision, primitives
 from bagua_jax.compressors import topk
+from bagua_jax.compressors.numerics import is_finite
 from bagua_jax.primitives import AxisName
 
 __all__ = ["DGCState", "dgc"]
@@ -52,7 +53,7 @@ def dgc(
             sent. Static.
         clip: largest norm of the whole gradient, > 0: every worker clips its own at
             clip/sqrt(n) before it is accumulated. ``None`` for no clipping.
-        bucket_bytes: wished size of a bucket in bytes; static. 1 selects in every leaf.
+        bucket_bytes: target bucket size in bytes (static). 1 selects in every leaf.
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -104,18 +105,21 @@ def dgc(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
-        zeros = primitives.worker_local(zeros, axis_name)
-        return DGCState(velocity=zeros, error=zeros)
+        velocity, error = precision.zeros(params), precision.zeros(params)
+        return DGCState(*primitives.worker_local((velocity, error), axis_name))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
         grads = updates
         if clip is not None:
+            what, cure = "the norm that clip bounds", "Leave clip out."
+            checks.require_one_type(updates, axis_name, caller, what, cure)
             limit = clip / primitives.axis_size(axis_name, caller) ** 0.5
-            norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
+            norm = optax.tree.norm(precision.wide(updates))
             scale = jnp.where(norm > limit, limit / norm, 1.0)
+            # Squares that overflow would scale finite gradients to nothing.
+            scale = jnp.where(is_finite(norm), scale, jnp.nan)
             grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), updates)
 
         def exchange(g, velocity, error):
@@ -128,7 +132,7 @@ def dgc(
             velocity = shard.put(jnp.where(sent == 0, u, 0))
             return shard.gather(mean).astype(g.dtype), velocity, shard.put(v - sent)
 
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         mean, velocity, error = plan.map(exchange, grads, state.velocity, state.error)
         return mean, DGCState(velocity, error)
 

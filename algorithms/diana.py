@@ -1,15 +1,14 @@
 """DIANA: workers compress how their gradient differs from what was learned of it."""
 
-import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
 
@@ -52,8 +51,9 @@ def diana(
         axis_name: the workers' axis, or ``("node", "local")``: then gradients are
             averaged in full precision inside the node and nodes are the workers.
         alpha: step of the shifts, in (0, 1]; where ``None`` 1/(1 + omega), with the
-            compressor's omega for a vector of the bucket's length.
-        bucket_bytes: wished size of a bucket in bytes; static.
+            compressor's omega for a vector of the bucket's length, which its facts
+            must then state.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -92,11 +92,7 @@ def diana(
         [3.0, 3.0, 3.0]
     """
     caller = "diana"
-    if not compressor.facts.unbiased:
-        raise ValueError(
-            f"diana: the compressor must be unbiased, and {compressor.facts.name} is "
-            "not: the estimate would keep its bias. Use ef21 for it."
-        )
+    compatibility.require_compressor(caller, compressor, compatibility.LEARNED)
     if alpha is not None:
         checks.require_within(caller, "alpha", alpha, 0, open_below=True)
         if not isinstance(alpha, jax.core.Tracer) and alpha > 1:
@@ -105,9 +101,15 @@ def diana(
                 "overshoot what they learn. Leave it out for 1/(1 + omega)."
             )
 
-    def rate(d: int):
-        omega = compressor.facts.omega
-        return alpha if alpha is not None else 1 / (1 + (omega(d) if omega else 0))
+    omega = compressor.facts.omega
+    if alpha is None and omega is None:
+        raise ValueError(
+            f"diana: alpha is 1/(1 + omega), and the facts of {compressor.facts.name} "
+            "state no omega. Pass alpha."
+        )
+
+    def rate(d: int) -> Any:
+        return 1 / (1 + omega(d)) if alpha is None and omega else alpha
 
     return difference_coding(
         caller, compressor, rate, axis_name, bucket_bytes=bucket_bytes, seed=seed
@@ -122,6 +124,7 @@ def difference_coding(
     *,
     bucket_bytes: int,
     seed: int,
+    check: Callable[[int], None] = lambda d: None,
 ) -> optax.GradientTransformationExtraArgs:
     """Build a gradient-side transform that sends differences to trackers.
 
@@ -132,33 +135,33 @@ def difference_coding(
         axis_name: as in :func:`diana`.
         bucket_bytes: as there.
         seed: as there.
+        check: refuses a length of the vectors that are compressed.
     """
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
     padding = compressor.facts.padding
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
         return TrackerState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
-            tracker=primitives.worker_local(zeros, axis_name),
-            mean_tracker=zeros,
+            tracker=primitives.worker_local(precision.zeros(params), axis_name),
+            mean_tracker=precision.zeros(params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
 
-        def exchange(g, tracker, mean_tracker):
+        def exchange(g, tracker, mean_tracker, key):
             shard = primitives.node_shard(g, axis_name, caller, padding)
+            check(shard.value.shape[0])
             mean, own = primitives.mean_and_own(
                 shard.value.astype(tracker.dtype) - shard.take(tracker),
                 compressor,
                 axis_name=primitives.peer_axis(axis_name),
-                key=next(bucket_keys),
+                key=key,
             )
             alpha, mean = rate(own.shape[0]), shard.gather(mean)
             return (
@@ -167,9 +170,9 @@ def difference_coding(
                 mean_tracker + alpha * mean,
             )
 
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         estimate, tracker, mean_tracker = plan.map(
-            exchange, updates, state.tracker, state.mean_tracker
+            exchange, updates, state.tracker, state.mean_tracker, keys=key
         )
         count = schedules.increment(state.count)
         return estimate, TrackerState(count, state.key, tracker, mean_tracker)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, schedules
+from bagua_jax import buckets, checks, compatibility, schedules
 from bagua_jax.algorithms import weights
-from bagua_jax.algorithms.bytegrad import init_errors
+from bagua_jax.algorithms.feedback import init_errors
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName, Errors
 
@@ -49,14 +49,17 @@ def diloco(
 
     With a compressor D is the mean by ScatterReduce of compressed outer gradients,
     with error feedback at the worker and at the owner of each part.
+    An error that waits acts like more momentum: the coarser the compressor, the smaller
+    eta and beta must be, else models grow without end.
 
     Args:
         axis_name: the workers' axis, or ``("node", "local")``.
         local_steps: H, at least 1; 500 in the paper; static.
         outer_learning_rate: eta > 0.
         outer_momentum: beta in [0, 1).
-        compressor: of outer gradients, stateless; ``None`` averages them exactly.
-        bucket_bytes: wished size of a message in bytes; static.
+        compressor: of outer gradients, stateless, a contraction; ``None`` averages them
+            exactly.
+        bucket_bytes: target message size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -64,10 +67,14 @@ def diloco(
         workers must start from equal params.
 
     Raises:
-        ValueError: if an argument is out of range; if the compressor keeps state; if
-            params are missing, of another structure, not floating point, or hold no
-            elements.
+        ValueError: if an argument is out of range; if the compressor keeps state, or
+            feedback would make its error grow; if params are missing, of another
+            structure, not floating point, or hold no elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor without a known
+            contraction.
 
     Communication:
         Every H steps, for each bucket one all-reduce of float32; with a compressor one
@@ -106,6 +113,11 @@ def diloco(
     checks.require_within(caller, "outer_momentum", outer_momentum, 0, 1)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
     feedback = "none" if compressor is None else "both"
+    check = lambda d: None  # noqa: E731
+    if compressor is not None:
+        check = compatibility.require_compressor(
+            caller, compressor, compatibility.FED_BACK
+        )
 
     def init_fn(params) -> Any:
         checks.require_floats(params, caller)
@@ -121,12 +133,13 @@ def diloco(
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         checks.require_weights(updates, params, axis_name, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
 
         def outer_step(x, anchor, velocity, error):
+            move = optax.tree.sub(anchor, x)
             gradient, error = weights.compressed_average(
-                optax.tree.sub(anchor, x), error, plan, compressor, key, axis_name
+                move, error, plan, compressor, key, axis_name, check
             )
             anchor, velocity = weights.outer_step(
                 anchor, velocity, gradient, outer_learning_rate, outer_momentum

@@ -1,13 +1,12 @@
 """ECD-PSGD: gossip on estimates that compressed extrapolations keep up to date."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import buckets, checks, compatibility, primitives, schedules, topologies
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
@@ -59,7 +58,7 @@ def ecd_psgd(
             are averaged and nodes mix, each device a shard.
         topology: a name, built for the axis's size, or a ``Topology``; doubly
             stochastic and of period 1.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -72,6 +71,9 @@ def ecd_psgd(
             the compressor is biased or keeps state; if params are missing, of another
             structure, not floating point, or hold no elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for noise that is large against the message.
 
     Communication:
         For each bucket one collective-permute of the payload for each neighbour.
@@ -116,12 +118,7 @@ def ecd_psgd(
         [1.0, 1.0, 1.0]
     """
     caller = "ecd_psgd"
-    if not compressor.facts.unbiased:
-        raise ValueError(
-            f"{caller}: the compressor must be unbiased, as estimates average noise "
-            f"out and would keep a bias, and {compressor.facts.name} is not. Use "
-            "choco_sgd for it."
-        )
+    compatibility.require_compressor(caller, compressor, compatibility.WEIGHED)
     topologies.require_known(topology, caller)
     if isinstance(topology, Topology):
         _require_graph(topology, caller)
@@ -143,19 +140,18 @@ def ecd_psgd(
         graph = topologies.resolve(topology, n, caller)
         _require_graph(graph, caller)
         mixing, peers = graph.steps[0], primitives.peer_axis(axis_name)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
         count = schedules.increment(state.count)
-        t = count.astype(jnp.float32)
 
-        def exchange(x, u, estimates):
+        def exchange(x, u, estimates, key):
             shard = primitives.node_shard(u, axis_name, caller, padding)
             x, estimates = shard.take(x), shard.take(estimates)
+            t = count.astype(x.dtype)
             new = estimates + shard.value
             z = x + t / 2 * (new - x)
             own, *theirs = primitives.compressed_neighbours(
-                z, compressor, mixing, axis_name=peers, key=next(bucket_keys)
+                z, compressor, mixing, axis_name=peers, key=key
             )
             sent = primitives.mix(own, tuple(theirs), mixing, axis_name=peers)
             estimates = (1 - 2 / t) * estimates + 2 / t * sent
@@ -167,6 +163,7 @@ def ecd_psgd(
                 weights.private(params, axis_name),
                 weights.private(updates, axis_name),
                 state.mixed_estimates,
+                keys=key,
             ),
             axis_name,
         )

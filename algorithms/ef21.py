@@ -1,17 +1,13 @@
 """EF21: error feedback by sending differences to a running copy of the gradient."""
 
-import warnings
-
 import optax
 
-from bagua_jax import buckets
+from bagua_jax import buckets, compatibility
 from bagua_jax.algorithms.diana import difference_coding
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
 
 __all__ = ["ef21"]
-
-_TYPICAL = 2**16  # elements; to judge compressors by
 
 
 def ef21(
@@ -34,7 +30,7 @@ def ef21(
         compressor: C, contractive and stateless; ``topk`` in the paper.
         axis_name: the workers' axis, or ``("node", "local")``: then gradients are
             averaged in full precision inside the node and nodes are the workers.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -87,20 +83,18 @@ def ef21(
         >>> first[0].tolist(), second[0].tolist()
         ([0.0, 3.0], [2.0, 3.0])
     """
-    facts = compressor.facts
-    omega = facts.omega(_TYPICAL) if facts.omega else 0.0
-    if facts.unbiased and omega >= 1:
-        raise ValueError(
-            f"ef21: the compressor must be contractive, and the error of {facts.name} "
-            f"exceeds the vector (omega={omega:.3g} at d={_TYPICAL}): copies of the "
-            "gradient would diverge. Use diana for it, or an unscaled relative."
-        )
-    if not facts.unbiased and (facts.delta is None or facts.delta(_TYPICAL) <= 0):
-        warnings.warn(
-            f"ef21: {facts.name} is not contractive on every vector, so copies of the "
-            "gradient need not come nearer to it.",
-            stacklevel=2,
-        )
+    check = compatibility.require_compressor(
+        "ef21",
+        compressor,
+        compatibility.FED_BACK,
+        cure="Use diana for an unbiased one, or a contraction such as topk.",
+    )
     return difference_coding(
-        "ef21", compressor, lambda d: 1, axis_name, bucket_bytes=bucket_bytes, seed=seed
+        "ef21",
+        compressor,
+        lambda d: 1,
+        axis_name,
+        bucket_bytes=bucket_bytes,
+        seed=seed,
+        check=check,
     )

@@ -42,7 +42,7 @@ def exact_diffusion(
             nodes times the mean inside each.
         topology: a name, built for the axis's size, or a ``Topology``; symmetric,
             doubly stochastic and of period 1.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept. All
@@ -96,7 +96,7 @@ def exact_diffusion(
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
         _require_graph(graph, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
 
         adapted = weights.adapt(params, updates, axis_name)
         corrected = weights.correct(adapted, params, state.adapted)

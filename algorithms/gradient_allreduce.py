@@ -21,7 +21,7 @@ def gradient_allreduce(
     Args:
         axis_name: the workers' axis, or ``("node", "local")``: then a reduce-scatter
             inside the node, an all-reduce of shards between nodes, a gather inside.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -70,7 +70,7 @@ def gradient_allreduce(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         vectors = plan.pack(updates)
         means = [primitives.c_fp_s(g, axis_name=axis_name) for g in vectors]
         return plan.unpack(means), state

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import buckets, checks, precision, primitives, schedules, topologies
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import Topology
@@ -46,7 +46,7 @@ def gradient_tracking(
         topology: a name, built for the axis's size, or a ``Topology``; every W doubly
             stochastic. It may be directed and may rotate: the W of a step mixes both
             vectors.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept. It is
@@ -101,7 +101,7 @@ def gradient_tracking(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
+        zeros = precision.zeros(params)
         return GradientTrackingState(
             count=jnp.zeros([], jnp.int32),
             correction=primitives.worker_local(zeros, axis_name),
@@ -116,12 +116,12 @@ def gradient_tracking(
         weights.require_doubly_stochastic(graph, caller)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
-        grads = optax.tree.cast(updates, jnp.float32)
+        grads = precision.wide(updates)
         y = optax.tree.add(state.correction, grads)
         step = optax.tree.scale(jnp.negative(rate), y)
         adapted = weights.adapt(params, step, axis_name)
         both = (adapted, y)
-        plan = buckets.plan(both, bucket_bytes)
+        plan = buckets.plan(both, bucket_bytes, axis_name)
         x, mixed = plan.unpack(
             [
                 primitives.d_fp_s(v, graph, axis_name=axis_name, step=state.count)

@@ -48,7 +48,7 @@ def hierarchical_averaging(
             step and everybody, ``None``, after every 16th. The longer the period the
             larger the group, of a whole number of smaller ones; the longest is of all
             workers, given as ``None`` or by their number. Static.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -74,7 +74,9 @@ def hierarchical_averaging(
     References:
         Lin et al., `Don't Use Large Mini-Batches, Use Local SGD`, 2020 (arXiv
         1808.07217), hierarchical local SGD. PyTorch's ``HierarchicalModelAverager``,
-        which takes such periods, without its warm-up.
+        which takes such periods, without its warm-up. Its counter starts at 0, so that
+        it averages after steps 1, p + 1, 2p + 1, ..., where ours averages after p, 2p,
+        ...; ``averager.step = 1`` at the start makes it average when ours does.
 
     Example:
         Pairs average after odd steps here, everybody after even ones.
@@ -127,7 +129,7 @@ def hierarchical_averaging(
                 f"groups never hear of one another; got {periods}. Give the longest "
                 "period None for them."
             )
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
 
         def average(x, size: int):
             means = [
@@ -151,7 +153,7 @@ def hierarchical_averaging(
 
 
 def _shares(periods: tuple[int, ...]) -> tuple[float, ...]:
-    """Give the shares of steps that average nothing, and each level: see `periods`.
+    """Return the shares of steps that average nothing, and each level: see `periods`.
 
     A level acts where its period divides the step and no longer period does.
     """

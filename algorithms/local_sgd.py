@@ -43,7 +43,7 @@ def local_sgd(
         axis_name: the workers' axis, or ``("node", "local")``.
         local_steps: H, at least 1; static.
         start_step: steps before the first local one, at least 0; static.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -65,8 +65,10 @@ def local_sgd(
         :math:`q_i = 1 - (1 - \gamma h_i)^H`: no bias where all h_i are equal.
 
     Differences from the papers:
-        Post-local SGD's first phase averages models instead of gradients: the same for
-        optimizers that are linear in the gradient. ``async_model_average`` with
+        Post-local SGD's first phase averages models instead of gradients. That is the
+        same for optimizers that are linear in the gradient, as long as their states are
+        equal: until the first local phase, in which momentum buffers come apart.
+        ``async_model_average`` with
         ``staleness=0`` is the same algorithm under BAGUA's name.
 
     References:
@@ -92,7 +94,7 @@ def local_sgd(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_weights(updates, params, axis_name, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         step = state.count - start_step
 
         def average(x):

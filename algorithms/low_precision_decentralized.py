@@ -1,14 +1,13 @@
 """Low-precision decentralized training: compressed differences between neighbours."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import buckets, checks, compatibility, primitives, schedules, topologies
+from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor, minmax_uint8
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import Topology
@@ -59,7 +58,7 @@ def low_precision_decentralized(
             of period 1.
         compressor: stateless; one range or norm for each bucket.
         communication_interval: H, at least 1; static.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -71,8 +70,12 @@ def low_precision_decentralized(
             not symmetric, is made for another n, or not legal for this one; if
             ``init`` runs outside any axis with a topology's name whose number of
             neighbours depends on n; if params are missing, of another structure, not
-            floating point, or hold no elements.
+            floating point, or hold no elements; if the compressor keeps state.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor whose error may be as large
+            as the vector.
 
     Communication:
         For each bucket one collective-permute of the payload for each neighbour: with
@@ -110,18 +113,18 @@ def low_precision_decentralized(
         caller, "communication_interval", communication_interval, 1, "It is in steps."
     )
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
+    compatibility.require_compressor(caller, compressor, compatibility.REPLICATED)
     padding = compressor.facts.padding
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        public = primitives.worker_local(
-            optax.tree.cast(params, jnp.float32), axis_name
-        )
         neighbours = _num_neighbours(topology, axis_name, caller)
         return LowPrecisionDecentralizedState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
-            replicas=(public,) * (1 + neighbours),
+            replicas=tuple(
+                weights.private(params, axis_name) for _ in range(1 + neighbours)
+            ),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -132,39 +135,33 @@ def low_precision_decentralized(
         _require_symmetric_static(graph, caller)
         mixing = graph.steps[0]
         peers = primitives.peer_axis(axis_name)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
 
         def communicate(x, replicas):
-            bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
-
-            def exchange(x, *replicas):
+            def exchange(x, *replicas, key):
                 shard = primitives.node_shard(x, axis_name, caller, padding)
                 public = jnp.stack([shard.take(replica) for replica in replicas])
                 own, theirs = public[0], tuple(public[1:])
                 mixed = primitives.mix(own, theirs, mixing, axis_name=peers)
                 z = shard.value + mixed - 2 * own
                 public = public + primitives.compressed_neighbours(
-                    z, compressor, mixing, axis_name=peers, key=next(bucket_keys)
+                    z, compressor, mixing, axis_name=peers, key=key
                 )
                 return shard.gather(public[0]), *map(shard.put, public)
 
-            x, *replicas = plan.map(exchange, x, *replicas)
+            x, *replicas = plan.map(exchange, x, *replicas, keys=key)
             return primitives.worker_local(x, axis_name), tuple(replicas)
 
-        adapted = jax.tree.map(
-            lambda x, u: x.astype(jnp.float32) + u.astype(jnp.float32), params, updates
-        )
-        adapted = primitives.worker_local(adapted, axis_name)
         x, replicas = schedules.every(
             state.count % communication_interval == 0,
             communication_interval,
             communicate,
             lambda x, replicas: (x, replicas),
-            adapted,
+            weights.adapt(params, updates, axis_name),
             state.replicas,
         )
-        new_updates = optax.tree.cast_like(optax.tree.sub(x, params), updates)
+        new_updates = weights.updates_to(x, params, updates)
         return new_updates, LowPrecisionDecentralizedState(
             schedules.increment(state.count), state.key, replicas
         )
@@ -189,8 +186,7 @@ def _num_neighbours(topology: str | Topology, axis_name: AxisName, caller: str) 
 
 
 def _require_symmetric_static(topology: Topology, caller: str) -> None:
-    w = topology.mixing_matrix()
-    if topology.period != 1 or not np.allclose(w, w.T):
+    if topology.period != 1 or not topology.symmetric:
         raise ValueError(
             f"{caller}: replicas need neighbours that stay, both ways: the topology "
             f"must be symmetric and of period 1, and {topology.name!r} is "

@@ -1,6 +1,5 @@
 """MARINA: compressed gradient differences, and now and then the whole gradient."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
 
@@ -53,7 +52,8 @@ def marina(
     Both gradients of a difference belong on the same sample. Hand ``update`` a function
     that takes the gradient of this step's batch at other parameters::
 
-        tx.update(grads, state, params, gradient_fn=lambda x: jax.grad(loss)(x, batch))
+        take = bagua_jax.value_and_grad(loss, axis_name)
+        tx.update(grads, state, params, gradient_fn=lambda x: take(x, batch)[1])
 
     Its argument is typed as the worker's own, its result is this worker's gradient. It
     runs on steps with a difference only. Without it the last step's gradient stands
@@ -65,7 +65,7 @@ def marina(
             averaged in full precision inside the node and nodes are the workers.
         probability: p of a dense step, in (0, 1]; static. The share of the vector that
             C sends balances the bytes of both kinds of step.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that the coin and a stochastic compressor draw from.
 
     Returns:
@@ -120,11 +120,7 @@ def marina(
         ([1.5, 1.5, 1.5, 1.5], [3.0, 3.0, 3.0, 3.0])
     """
     caller = "marina"
-    if not compressor.facts.unbiased:
-        raise ValueError(
-            f"marina: the compressor must be unbiased, and {compressor.facts.name} is "
-            "not: the estimate would drift until the next dense step. Use ef21 for it."
-        )
+    compatibility.require_compressor(caller, compressor, compatibility.LEARNED)
     if isinstance(probability, bool) or not 0 < probability <= 1:
         raise ValueError(
             f"marina: probability must be in (0, 1], got {probability!r}: without "
@@ -135,12 +131,13 @@ def marina(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
         return MarinaState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
-            estimate=zeros,
-            previous_gradient=primitives.worker_local(zeros, axis_name),
+            estimate=precision.zeros(params),
+            previous_gradient=primitives.worker_local(
+                precision.zeros(params), axis_name
+            ),
             # A copy: callers may donate the parameters and the state alike.
             previous_params=jax.tree.map(jnp.copy, params),
         )
@@ -161,24 +158,23 @@ def marina(
                 "is None, so that they are not known. Call tx.update(updates, state, "
                 "params, gradient_fn=...)."
             )
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         coin, key = jax.random.split(jax.random.fold_in(state.key, state.count))
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
-        gradient = optax.tree.cast(updates, jnp.float32)
+        gradient = precision.wide(updates)
 
         def dense():
             vectors = plan.pack(updates)
             means = [primitives.c_fp_s(g, axis_name=axis_name) for g in vectors]
-            mean = optax.tree.cast(plan.unpack(means), jnp.float32)
+            mean = precision.wide(plan.unpack(means))
             return primitives.vary_like(mean, state.estimate)
 
-        def exchange(g, before, estimate):
+        def exchange(g, before, estimate, key):
             shard = primitives.node_shard(g - before, axis_name, caller, padding)
             mean, _ = primitives.mean_and_own(
                 shard.value,
                 compressor,
                 axis_name=primitives.peer_axis(axis_name),
-                key=next(bucket_keys),
+                key=key,
             )
             return (estimate + shard.gather(mean),)
 
@@ -190,8 +186,8 @@ def marina(
                 checks.require_gradients(
                     before, updates, axis_name, f"{caller}'s gradient_fn"
                 )
-                before = optax.tree.cast(before, jnp.float32)
-            return plan.map(exchange, gradient, before, state.estimate)[0]
+                before = precision.wide(before)
+            return plan.map(exchange, gradient, before, state.estimate, keys=key)[0]
 
         branches, shares = [dense, difference], (probability, 1 - probability)
         if probability == 1:

@@ -11,6 +11,7 @@ from bagua_jax import buckets, checks, primitives, schedules, topologies
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor, CompressorFacts
 from bagua_jax.compressors.base import stateless
+from bagua_jax.compressors.numerics import all_finite
 from bagua_jax.compressors.packing import pack, packed_bytes, unpack
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import MixingStep, Topology
@@ -64,7 +65,7 @@ def moniqua(
             doubly stochastic; it may rotate. For few bits one with large self weights,
             such as ``topologies.ring(n, self_weight=0.9)``.
         bits: b, 1 .. 16, of an element; static. Nine and more travel as two bytes.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -134,7 +135,7 @@ def moniqua(
         graph = topologies.resolve(topology, n, caller)
         weights.require_doubly_stochastic(graph, caller)
         peers, period = primitives.peer_axis(axis_name), graph.period
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         bound = theta(state.count) if callable(theta) else theta
         modulus = 2 * bound / (1 - 2.0**-bits)
 
@@ -180,7 +181,7 @@ def _points(bits: int) -> Compressor:
 
     def compress(key, x, state):
         del key
-        finite = jnp.isfinite(x).all()
+        finite = all_finite(x)
         nearest = jnp.rint((x - jnp.floor(x)) * levels)
         codes = jnp.where(finite, nearest % levels, 0).astype(jnp.uint16)
         return _Places(pack(codes, levels), finite.astype(jnp.uint8)[None]), state

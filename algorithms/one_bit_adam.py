@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
-from bagua_jax.algorithms.bytegrad import init_errors
+from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
+from bagua_jax.algorithms import moments
+from bagua_jax.algorithms.feedback import init_errors, scatter_reduce
 from bagua_jax.compressors import Compressor, sign
 from bagua_jax.primitives import AxisName, Errors
 
@@ -18,6 +19,7 @@ class OneBitAdamState(NamedTuple):
     """State of :func:`one_bit_adam`."""
 
     count: jax.Array  # [] int32, steps taken; equal on all workers
+    key: jax.Array  # [] typed PRNG key; equal on all workers
     mu: optax.Updates  # like params, float32; mean momentum
     nu: optax.Updates  # like params, float32; second moment, frozen after the warm-up
     error: Errors  # each like params in float32 and worker-local
@@ -33,6 +35,7 @@ def one_bit_adam(
     eps: float = 1e-8,
     compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam first, then momentum in one bit an element over a frozen variance.
 
@@ -66,10 +69,11 @@ def one_bit_adam(
         b1: beta_1, decay of the momentum, in [0, 1).
         b2: beta_2, decay of the second moment, in [0, 1).
         eps: added to the denominator, > 0.
-        compressor: C, stateless and deterministic. ``sign("l1")`` is contractive on
-            every vector, which the paper's choice is not.
-        bucket_bytes: wished size of a bucket in bytes, counted in the updates' dtype;
+        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
+            none on vectors of few large elements. ``sign("l1")`` always is one.
+        bucket_bytes: target bucket size in bytes, counted in the updates' dtype;
             static. Every part of a bucket has one scale.
+        seed: of the key that a stochastic compressor draws from.
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept,
@@ -78,8 +82,13 @@ def one_bit_adam(
     Raises:
         ValueError: if an argument is out of range; if gradients arrive already summed
             over the axis, are not floating point, or hold no elements; if params of
-            another structure are given; if the compressor keeps state.
+            another structure are given; if the compressor keeps state, or feedback
+            would make its error grow.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for another compressor without a known
+            contraction.
 
     Communication:
         During warm-up one all-reduce of float32 for each bucket; afterwards one
@@ -97,7 +106,9 @@ def one_bit_adam(
 
     Differences from the paper:
         Entries whose gradient was exactly zero during the whole warm-up (v = 0) are not
-        moved: their momentum is compression error, and eps its denominator.
+        moved: their momentum is compression error, and eps its denominator. DeepSpeed's
+        program has one scale for a whole buffer, ours one for each owner's part of a
+        bucket; and it never corrects moments for their start at zero.
 
     References:
         Tang et al., `1-bit Adam: Communication Efficient Large-Scale Training with
@@ -119,20 +130,24 @@ def one_bit_adam(
     checks.require_within(caller, "b1", b1, 0, 1)
     checks.require_within(caller, "b2", b2, 0, 1)
     checks.require_within(caller, "eps", eps, 0, open_below=True)
+    check = compatibility.require_compressor(
+        caller, compressor, compatibility.FED_BACK, published="sign(l2)"
+    )
 
     def init_fn(params) -> Any:
         checks.require_floats(params, caller)
         return OneBitAdamState(
             count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=jnp.float32),
-            nu=optax.tree.zeros_like(params, dtype=jnp.float32),
+            key=jax.random.key(seed),
+            mu=precision.zeros(params),
+            nu=precision.zeros(params),
             error=init_errors(params, "both", axis_name),
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         step = schedules.increment(state.count)
 
         def warm_up():
@@ -140,39 +155,38 @@ def one_bit_adam(
             mean = plan.unpack(
                 [primitives.c_fp_s(g, axis_name=axis_name) for g in vectors]
             )
-            mean = optax.tree.cast(mean, jnp.float32)
+            mean = precision.wide(mean)
             mu = optax.tree.update_moment(mean, state.mu, b1, 1)
             nu = optax.tree.update_moment(mean, state.nu, b2, 2)
-            mu_hat = optax.tree.bias_correction(mu, b1, step)
-            nu_hat = optax.tree.bias_correction(nu, b2, step)
+            mu_hat = moments.unbiased(mu, b1, step)
+            nu_hat = moments.unbiased(nu, b2, step)
             return mu, nu, state.error, mu_hat, nu_hat
 
         def compressed():
-            grads = optax.tree.cast(updates, jnp.float32)
+            grads = precision.wide(updates)
             local = optax.tree.update_moment(grads, state.mu, b1, 1)
-
-            def exchange(m, worker, owner):
-                mean, errors = primitives.c_lp_s(
-                    m, compressor, Errors(worker, owner), axis_name=axis_name
-                )
-                return mean, *errors
-
-            mu, *errors = plan.map(exchange, local, *state.error)
+            mu, error = scatter_reduce(
+                local,
+                state.error,
+                plan,
+                compressor,
+                axis_name=axis_name,
+                key=jax.random.fold_in(state.key, step),
+                check=check,
+            )
             mu = primitives.vary_like(mu, state.mu)
-            return mu, state.nu, Errors(*errors), mu, state.nu
+            return mu, state.nu, error, mu, state.nu
 
         mu, nu, error, mu_hat, nu_hat = schedules.switch(
             (step > warmup_steps).astype(jnp.int32),
             [warm_up, compressed],
             shares=(0, 1),
         )
-        direction = jax.tree.map(
-            lambda m, v: jnp.where(v == 0, 0, m / (jnp.sqrt(v) + eps)), mu_hat, nu_hat
-        )
+        direction = moments.precondition(mu_hat, nu_hat, eps)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         new_updates = optax.tree.cast_like(
             optax.tree.scale(jnp.negative(rate), direction), updates
         )
-        return new_updates, OneBitAdamState(step, mu, nu, error)
+        return new_updates, OneBitAdamState(step, state.key, mu, nu, error)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,15 +1,16 @@
 """1-bit LAMB: LAMB, then momentum averaged in one bit and a rate for each layer."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
-from bagua_jax.algorithms.bytegrad import init_errors
+from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
+from bagua_jax.algorithms import moments
+from bagua_jax.algorithms.feedback import init_errors, scatter_reduce
 from bagua_jax.compressors import Compressor, sign
+from bagua_jax.compressors.numerics import largest_magnitude
 from bagua_jax.primitives import AxisName, Errors
 
 __all__ = ["OneBitLambState", "one_bit_lamb"]
@@ -19,14 +20,15 @@ class OneBitLambState(NamedTuple):
     """State of :func:`one_bit_lamb`; all but the errors equal on all workers."""
 
     count: jax.Array  # [] int32, steps taken
+    key: jax.Array  # [] typed PRNG key
     mu: optax.Updates  # like params, float32; mean momentum
     nu: (
         optax.Updates
     )  # like params, float32; second moment of what gradients seem to be
     frozen: optax.Updates  # like params, float32; its estimate when the warm-up ended
-    scale: jax.Array  # [leaves] float32, root mean square of mu when the warm-up ended
-    ratio: jax.Array  # [leaves] float32, moving average of the warm-up's trust ratios
-    factor: jax.Array  # [leaves] float32, by which the trust ratio changed since then
+    scale: optax.Updates  # [] float32 a leaf, root mean square of mu after the warm-up
+    ratio: optax.Updates  # [] float32 a leaf, moving average of warm-up's trust ratios
+    factor: optax.Updates  # [] float32 a leaf, by which that changed since then
     error: Errors  # each like params in float32 and worker-local
 
 
@@ -47,6 +49,7 @@ def one_bit_lamb(
     factor_threshold: float = 0.1,
     compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LAMB first, then momentum in one bit an element, with a rate for each layer.
 
@@ -97,10 +100,11 @@ def one_bit_lamb(
         factor_max: largest r, 1 or more.
         factor_min: smallest r, in (0, 1).
         factor_threshold: theta, by which share r may change in a step, in [0, 1).
-        compressor: C, stateless and deterministic. ``sign("l1")`` is contractive on
-            every vector, which the paper's choice is not.
-        bucket_bytes: wished size of a bucket in bytes, counted in the updates' dtype;
+        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
+            none on vectors of few large elements. ``sign("l1")`` always is one.
+        bucket_bytes: target bucket size in bytes, counted in the updates' dtype;
             static. Every part of a bucket has one scale.
+        seed: of the key that a stochastic compressor draws from.
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept,
@@ -109,8 +113,13 @@ def one_bit_lamb(
     Raises:
         ValueError: if an argument is out of range; if gradients arrive already summed
             over the axis, are not floating point, or hold no elements; if params are
-            missing or of another structure; if the compressor keeps state.
+            missing or of another structure; if the compressor keeps state, or feedback
+            would make its error grow.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for another compressor without a known
+            contraction.
 
     Communication:
         During warm-up one all-reduce of float32 for each bucket; afterwards one
@@ -132,10 +141,12 @@ def one_bit_lamb(
         What is frozen, scaled, reconstructed and clipped, and all defaults, follow the
         published implementation (DeepSpeed). Ours: moments are corrected for their
         start at zero, as in LAMB, and so is the ratios' average; without that a short
-        warm-up freezes too small a variance. rho is not divided by its mean over
-        layers, a common factor that a homogeneous C does not see. A ratio with a norm
-        of zero is 1 and is left out of the average. Entries whose gradient
-        was exactly zero during the whole warm-up (v = 0) are not moved by the momentum.
+        warm-up freezes too small a variance; a compressor's scale belongs to each
+        owner's part of a bucket, where DeepSpeed has one for a buffer. rho is not
+        divided by its mean over layers, a common factor that a homogeneous C does not
+        see. A ratio with a norm of zero is 1 and is left out of the average. Entries
+        whose gradient was exactly zero during the whole warm-up (v = 0) are not moved
+        by the momentum.
 
     References:
         Li et al., `1-bit LAMB: Communication Efficient Large-Scale Large-Batch Training
@@ -164,19 +175,30 @@ def one_bit_lamb(
     checks.require_within(caller, "factor_max", factor_max, 1)
     checks.require_within(caller, "factor_min", factor_min, 0, 1, open_below=True)
     checks.require_within(caller, "factor_threshold", factor_threshold, 0, 1)
+    check = compatibility.require_compressor(
+        caller, compressor, compatibility.FED_BACK, published="sign(l2)"
+    )
 
     def init_fn(params) -> Any:
         checks.require_floats(params, caller)
-        zeros = lambda: optax.tree.zeros_like(params, dtype=jnp.float32)  # noqa: E731
-        numbers = (len(jax.tree.leaves(params)),)
+        zeros = lambda: precision.zeros(params)  # noqa: E731
+
+        def numbers(value):
+            def of(x):
+                number = jnp.full([], value, precision.wide_dtype(x))
+                return primitives.vary_like(number, x)
+
+            return jax.tree.map(of, params)
+
         return OneBitLambState(
             count=jnp.zeros([], jnp.int32),
+            key=jax.random.key(seed),
             mu=zeros(),
             nu=zeros(),
             frozen=zeros(),
-            scale=jnp.zeros(numbers, jnp.float32),
-            ratio=jnp.zeros(numbers, jnp.float32),
-            factor=jnp.ones(numbers, jnp.float32),
+            scale=numbers(0),
+            ratio=numbers(0),
+            factor=numbers(1),
             error=init_errors(params, "both", axis_name),
         )
 
@@ -188,7 +210,7 @@ def one_bit_lamb(
                 f"{caller}: a layer's rate follows from its parameters, and params is "
                 "None. Call tx.update(updates, state, params)."
             )
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         step = schedules.increment(state.count)
         warm = step <= warmup_steps
 
@@ -197,82 +219,72 @@ def one_bit_lamb(
             mean = plan.unpack(
                 [primitives.c_fp_s(g, axis_name=axis_name) for g in vectors]
             )
-            mean = primitives.vary_like(optax.tree.cast(mean, jnp.float32), state.mu)
+            mean = primitives.vary_like(precision.wide(mean), state.mu)
             return optax.tree.update_moment(mean, state.mu, b1, 1), mean, state.error
 
         def compressed():
-            grads = optax.tree.cast(updates, jnp.float32)
+            grads = precision.wide(updates)
             local = optax.tree.update_moment(grads, state.mu, b1, 1)
-            scale = jnp.where(state.scale == 0, 1, state.scale)
-
-            def exchange(m, worker, owner):
-                mean, errors = primitives.c_lp_s(
-                    m, compressor, Errors(worker, owner), axis_name=axis_name
-                )
-                return mean, *errors
-
-            mu, *errors = plan.map(exchange, _times(local, 1 / scale), *state.error)
-            mu = _times(primitives.vary_like(mu, state.mu), scale)
+            scale = jax.tree.map(lambda s: jnp.where(s == 0, 1, s), state.scale)
+            mu, error = scatter_reduce(
+                jax.tree.map(lambda m, s: m / s, local, scale),
+                state.error,
+                plan,
+                compressor,
+                axis_name=axis_name,
+                key=jax.random.fold_in(state.key, step),
+                check=check,
+            )
+            mu = optax.tree.mul(primitives.vary_like(mu, state.mu), scale)
             rebuilt = jax.tree.map(lambda m, o: (m - b1 * o) / (1 - b1), mu, state.mu)
-            return mu, rebuilt, Errors(*errors)
+            return mu, rebuilt, error
 
         mu, grads, error = schedules.switch(
             1 - warm.astype(jnp.int32), [warm_up, compressed], shares=(0, 1)
         )
         nu = optax.tree.update_moment(grads, state.nu, b2, 2)
-        fresh = optax.tree.bias_correction(nu, b2, step)
+        fresh = moments.unbiased(nu, b2, step)
         frozen = jax.tree.map(lambda v, w: jnp.where(warm, v, w), fresh, state.frozen)
-        scale = jnp.where(warm, _each(_rms, mu), state.scale)
-
-        # No gradient reached an entry with v = 0, and its m is compression error only.
-        adam = jax.tree.map(
-            lambda m, v: jnp.where(v == 0, 0, m / (jnp.sqrt(v) + eps)),
-            optax.tree.bias_correction(mu, b1, step),
-            frozen,
+        scale = jax.tree.map(
+            lambda m, old: jnp.where(warm, _rms(m), old), mu, state.scale
         )
-        x = optax.tree.cast(params, jnp.float32)
-        direction = jax.tree.map(lambda a, x: a + weight_decay * x, adam, x)
-        size, length = _each(optax.tree.norm, x), _each(optax.tree.norm, direction)
-        zero = (size == 0) | (length == 0)
-        divisor = jnp.where(length == 0, 1, length)
 
-        trust = jnp.where(zero, 1, jnp.clip(size / divisor, min_coeff, max_coeff))
-        average = coeff_beta * state.ratio + (1 - coeff_beta) * trust
-        ratio = jnp.where(warm & ~zero, average, state.ratio)
-
-        share = jnp.minimum(_each(optax.tree.norm, adam) / divisor, 1)
-        growth = _each(lambda v, w: _largest_ratio(v, w, eps), frozen, fresh)
-        factor = jnp.clip(1 + share * (growth - 1), factor_min, factor_max)
-        factor = jnp.clip(
-            factor,
-            state.factor * (1 - factor_threshold),
-            state.factor * (1 + factor_threshold),
-        )
-        kept = factor * ratio / (1 - coeff_beta**warmup_steps)
-
+        mu_hat = moments.unbiased(mu, b1, step)
+        adam = moments.precondition(mu_hat, frozen, eps)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        new_updates = optax.tree.cast_like(
-            _times(direction, jnp.negative(rate) * jnp.where(warm, trust, kept)),
-            updates,
+
+        def layer(u, x, a, v, w, ratio, factor):
+            """Update a leaf: a is Adam's step, v frozen, w fresh."""
+            x = precision.wide(x)
+            direction = a + weight_decay * x
+            size, length = optax.tree.norm(x), optax.tree.norm(direction)
+            zero = (size == 0) | (length == 0)
+            divisor = jnp.where(length == 0, 1, length)
+
+            trust = jnp.where(zero, 1, jnp.clip(size / divisor, min_coeff, max_coeff))
+            average = coeff_beta * ratio + (1 - coeff_beta) * trust
+            ratio = jnp.where(warm & ~zero, average, ratio)
+
+            share = jnp.minimum(optax.tree.norm(a) / divisor, 1)
+            growth = _largest_ratio(v, w, eps)
+            now = jnp.clip(1 + share * (growth - 1), factor_min, factor_max)
+            factor = jnp.clip(
+                now, factor * (1 - factor_threshold), factor * (1 + factor_threshold)
+            )
+            kept = factor * ratio / (1 - coeff_beta**warmup_steps)
+            move = direction * (jnp.negative(rate) * jnp.where(warm, trust, kept))
+            return move.astype(u.dtype), ratio, factor
+
+        trees = (updates, params, adam, frozen, fresh, state.ratio, state.factor)
+        layers = jax.tree.map(layer, *trees)
+        new_updates, ratio, factor = jax.tree.transpose(
+            jax.tree.structure(updates), jax.tree.structure((0, 0, 0)), layers
         )
         return new_updates, OneBitLambState(
-            step, mu, nu, frozen, scale, ratio, factor, error
+            step, state.key, mu, nu, frozen, scale, ratio, factor, error
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _each(reduce: Callable[..., jax.Array], *trees: Any) -> jax.Array:
-    """Reduce every leaf to a number: [leaves]."""
-    columns = zip(*map(jax.tree.leaves, trees), strict=True)
-    return jnp.stack([reduce(*leaves) for leaves in columns])
-
-
-def _times(tree: Any, numbers: jax.Array) -> Any:
-    """Multiply every leaf by its number."""
-    leaves, structure = jax.tree.flatten(tree)
-    scaled = [x * numbers[i] for i, x in enumerate(leaves)]
-    return jax.tree.unflatten(structure, scaled)
 
 
 def _rms(x: jax.Array) -> jax.Array:
@@ -281,4 +293,4 @@ def _rms(x: jax.Array) -> jax.Array:
 
 def _largest_ratio(v: jax.Array, w: jax.Array, eps: float) -> jax.Array:
     """Find the largest quotient of two denominators; 0 of an empty leaf."""
-    return jnp.max((jnp.sqrt(v) + eps) / (jnp.sqrt(w) + eps), initial=0)
+    return largest_magnitude((jnp.sqrt(v) + eps) / (jnp.sqrt(w) + eps), axis=None)

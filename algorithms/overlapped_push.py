@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import buckets, checks, precision, primitives, schedules, topologies
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import MixingStep, Topology
@@ -64,7 +64,7 @@ def overlapped_push(
             whose columns sum to 1; directed, rotating or neither. Every worker keeps a
             share of its own.
         staleness: tau, steps from a message to its use, at least 0; static.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -96,7 +96,9 @@ def overlapped_push(
 
     Differences from the paper:
         Every step sends, and every message takes exactly tau steps, which there is a
-        bound. x is not stored but recomputed as w z: equal up to rounding.
+        bound. x is not stored but recomputed as w z: equal up to rounding. A step
+        shares before it adds what has arrived; the overlap of the authors' published
+        program adds first.
 
     References:
         Assran et al., `Stochastic Gradient Push for Distributed Deep Learning`, 2019
@@ -126,15 +128,17 @@ def overlapped_push(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        one = primitives.worker_local(jnp.ones([]), axis_name)
-        nothing = Parcel(
-            model=optax.tree.zeros_like(weights.private(params, axis_name)),
-            mass=jnp.zeros_like(one),
-        )
+        dtype = precision.wide_dtype(params)
+
+        def nothing():
+            return Parcel(model=precision.zeros(params), mass=jnp.zeros([], dtype))
+
         return OverlappedPushState(
-            count=jnp.zeros([], jnp.int32),
-            mass=one,
-            in_flight=(nothing,) * staleness,
+            jnp.zeros([], jnp.int32),
+            *primitives.worker_local(
+                (jnp.ones([], dtype), tuple(nothing() for _ in range(staleness))),
+                axis_name,
+            ),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -144,7 +148,7 @@ def overlapped_push(
         graph = topologies.resolve(topology, n, caller)
         _require_shares(graph, staleness, caller)
         peers, period = primitives.peer_axis(axis_name), graph.period
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
 
         def push(v, mixing: MixingStep):
             """Share a vector out: what is kept, and what the neighbours give."""
@@ -166,20 +170,23 @@ def overlapped_push(
             return shard.gather(kept + arrived), *map(shard.put, in_flight)
 
         def pack(parcel: Parcel):
-            first, *others = plan.pack(parcel.model)
-            return [jnp.append(first, parcel.mass), *others]
+            return weights.append(plan.pack(parcel.model), parcel.mass)
 
         def unpack(vectors):
-            first, *others = primitives.worker_local(vectors, axis_name)
-            return Parcel(plan.unpack([first[:-1], *others]), first[-1])
+            vectors = primitives.worker_local(list(vectors), axis_name)
+            vectors, mass = weights.detach(vectors, plan, state.mass)
+            model = plan.unpack(vectors)  # the mass may be wider than a narrow bucket
+            return Parcel(optax.tree.cast_like(model, x), mass)
 
         x = jax.tree.map(
-            lambda z, u: state.mass * z.astype(jnp.float32) + u, params, updates
+            lambda z, u: state.mass.astype(precision.wide_dtype(z)) * z + u,
+            params,
+            updates,
         )
         parcels = map(pack, (Parcel(x, state.mass), *state.in_flight))
         exchanged = [exchange(*vectors) for vectors in zip(*parcels, strict=True)]
-        (x, mass), *in_flight = map(unpack, zip(*exchanged, strict=True))
-        z = jax.tree.map(lambda v: v / mass, x)
+        (kept, mass), *in_flight = map(unpack, zip(*exchanged, strict=True))
+        z = jax.tree.map(lambda v: v / mass, kept)
         new_updates = weights.updates_to(z, params, updates)
         count = schedules.increment(state.count)
         return new_updates, OverlappedPushState(count, mass, tuple(in_flight))

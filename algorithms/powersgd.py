@@ -1,15 +1,14 @@
 """PowerSGD: gradients of matrices averaged through their low-rank factors."""
 
-import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from bagua_jax import checks, primitives, schedules
+from bagua_jax import buckets, checks, precision, primitives, schedules
 from bagua_jax.primitives import AxisName
 
 __all__ = ["PowerSGDState", "powersgd"]
@@ -114,17 +113,19 @@ def powersgd(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        key, index = jax.random.key(seed), itertools.count()
+        leaves, structure = jax.tree.flatten(params)
 
-        def first_basis(leaf):
+        def first_basis(index, leaf):
             columns = _matrix_shape(leaf)[1] if is_compressed(leaf) else 0
-            own = jax.random.fold_in(key, next(index))
-            return jax.random.normal(own, (columns, rank), jnp.float32)
+            own = jax.random.fold_in(jax.random.key(seed), index)
+            basis = jax.random.normal(own, (columns, rank), precision.wide_dtype(leaf))
+            return primitives.vary_like(basis, leaf)
 
-        error = optax.tree.zeros_like(params, dtype=jnp.float32)
+        bases = [first_basis(index, leaf) for index, leaf in enumerate(leaves)]
+        error = precision.zeros(params)
         return PowerSGDState(
             count=jnp.zeros([], jnp.int32),
-            basis=jax.tree.map(first_basis, params),
+            basis=jax.tree.unflatten(structure, bases),
             error=primitives.worker_local(error, axis_name),
         )
 
@@ -134,19 +135,20 @@ def powersgd(
         leaves, structure = jax.tree.flatten(updates)
         bases = jax.tree.leaves(state.basis)
         errors = jax.tree.leaves(state.error)
-        groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape
+        types = primitives.leaf_types(updates, axis_name)
+        groups: dict[Any, list[int]] = {}  # matrices of one shape and varying type
         for i, leaf in enumerate(leaves):
             if is_compressed(leaf):
-                groups.setdefault(_matrix_shape(leaf), []).append(i)
+                groups.setdefault((_matrix_shape(leaf), types[i]), []).append(i)
         compressed = {i for group in groups.values() for i in group}
 
         def mean_of(arrays):
-            """Average arrays in one message."""
-            flat = [jnp.ravel(a).astype(jnp.float32) for a in arrays]
-            mean = primitives.c_fp_s(jnp.concatenate(flat), axis_name=axis_name)
-            ends = list(itertools.accumulate(a.size for a in arrays))
-            parts = jnp.split(mean, ends[:-1])
-            return [p.reshape(a.shape) for p, a in zip(parts, arrays, strict=True)]
+            """Average arrays, in one message if they are of one varying type."""
+            plan = buckets.plan(arrays, math.inf, axis_name)
+            flat = plan.pack(precision.wide(arrays))
+            return plan.unpack(
+                [primitives.c_fp_s(v, axis_name=axis_name) for v in flat]
+            )
 
         def exact():
             return mean_of(leaves), bases, errors
@@ -154,7 +156,7 @@ def powersgd(
         def low_rank():
             corrected = [
                 jnp.stack([(leaves[i] + errors[i]).reshape(shape) for i in group])
-                for shape, group in groups.items()
+                for (shape, _), group in groups.items()
             ]
             old = [jnp.stack([bases[i] for i in group]) for group in groups.values()]
             rest = [i for i in range(len(leaves)) if i not in compressed]
@@ -195,7 +197,7 @@ def powersgd(
 
 
 def _matrix_shape(leaf: jax.Array) -> tuple[int, int]:
-    """Give the rows and columns of a leaf seen as a matrix; a vector is one column."""
+    """Return the rows and columns of a leaf as a matrix; a vector is one column."""
     shape = jnp.shape(leaf)
     columns = shape[-1] if len(shape) > 1 else 1
     return math.prod(shape) // max(columns, 1), columns

@@ -1,14 +1,14 @@
 """QAdam: Adam whose momentum is averaged in 8 bits after a warm-up."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
-from bagua_jax.algorithms.bytegrad import ErrorFeedback, init_errors
+from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
+from bagua_jax.algorithms import moments
+from bagua_jax.algorithms.feedback import ErrorFeedback, init_errors, scatter_reduce
 from bagua_jax.compressors import Compressor, minmax_uint8
 from bagua_jax.primitives import AxisName, Errors
 
@@ -74,9 +74,10 @@ def qadam(
             warm-up, the frozen variance stays tiny and the momentum's compression error
             weighs heavily: then warm up longer or choose a larger eps.
         weight_decay: lambda, decoupled; needs params where it is not 0.
-        compressor: stateless; of the momentum.
+        compressor: stateless; of the momentum. A contraction with error feedback; of
+            small error without.
         error_feedback: ``"none"``, ``"worker"``, ``"owner"`` or ``"both"``; static.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -84,10 +85,15 @@ def qadam(
         moments are float32.
 
     Raises:
-        ValueError: if an argument is out of range; if gradients arrive already summed
-            over the axis, are not floating point, or hold no elements; if params of
-            another structure are given, or none where weight_decay is not 0.
+        ValueError: if an argument is out of range; if the compressor keeps state, or
+            feedback would make its error grow; if gradients arrive already summed over
+            the axis, are not floating point, or hold no elements; if params of another
+            structure are given, or none where weight_decay is not 0.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor without the guarantee that
+            theory needs (:mod:`bagua_jax.compatibility`).
 
     Communication:
         During warm-up one all-reduce of float32 for each bucket; afterwards one
@@ -131,33 +137,40 @@ def qadam(
     checks.require_within(caller, "b2", b2, 0, 1)
     checks.require_within(caller, "eps", eps, 0, open_below=True)
     checks.require_within(caller, "weight_decay", weight_decay, 0)
+    check = compatibility.require_compressor(
+        caller,
+        compressor,
+        compatibility.CARRIED if error_feedback == "none" else compatibility.FED_BACK,
+        cure="Use more levels or smaller blocks, or a contraction with "
+        "error_feedback='both'.",
+    )
 
     def init_fn(params) -> Any:
         checks.require_floats(params, caller)
         return QAdamState(
             count=jnp.zeros([], jnp.int32),
             key=jax.random.key(seed),
-            mu=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params),
-            nu=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params),
+            mu=precision.zeros(params),
+            nu=precision.zeros(params),
             error=init_errors(params, error_feedback, axis_name),
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         step = schedules.increment(state.count)
-        grads = optax.tree.cast(updates, jnp.float32)
+        grads = precision.wide(updates)
 
         def warm_up():
             vectors = plan.pack(updates)
             mean = plan.unpack(
                 [primitives.c_fp_s(g, axis_name=axis_name) for g in vectors]
             )
-            mean = optax.tree.cast(mean, jnp.float32)
+            mean = precision.wide(mean)
             mu = optax.tree.update_moment(mean, state.mu, b1, 1)
             nu = optax.tree.update_moment(mean, state.nu, b2, 2)
-            nu_hat = optax.tree.bias_correction(nu, b2, step)
+            nu_hat = moments.unbiased(nu, b2, step)
             # The last warm-up step leaves the estimate behind that is kept.
             kept = jax.tree.map(
                 lambda hat, raw: jnp.where(step == warmup_steps, hat, raw), nu_hat, nu
@@ -167,32 +180,25 @@ def qadam(
         def compressed():
             local = optax.tree.update_moment(grads, state.mu, b1, 1)
             key = jax.random.fold_in(state.key, step)
-            bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
-
-            def exchange(m, worker, owner):
-                mean, errors = primitives.c_lp_s(
-                    m,
-                    compressor,
-                    Errors(worker, owner),
-                    axis_name=axis_name,
-                    key=next(bucket_keys),
-                )
-                return mean, *errors
-
-            mu, *errors = plan.map(exchange, local, *state.error)
+            mu, error = scatter_reduce(
+                local,
+                state.error,
+                plan,
+                compressor,
+                axis_name=axis_name,
+                key=key,
+                check=check,
+            )
             mu = primitives.vary_like(mu, state.mu)
-            return mu, state.nu, state.nu, Errors(*errors)
+            return mu, state.nu, state.nu, error
 
         mu, nu_hat, nu, error = schedules.switch(
             (step > warmup_steps).astype(jnp.int32),
             [warm_up, compressed],
             shares=(0, 1),
         )
-        mu_hat = optax.tree.bias_correction(mu, b1, step)
-        # No gradient reached an entry with v = 0, and its m is compression error only.
-        direction = jax.tree.map(
-            lambda m, v: jnp.where(v == 0, 0, m / (jnp.sqrt(v) + eps)), mu_hat, nu_hat
-        )
+        mu_hat = moments.unbiased(mu, b1, step)
+        direction = moments.precondition(mu_hat, nu_hat, eps)
         if isinstance(weight_decay, jax.Array) or weight_decay:
             if params is None:
                 raise ValueError(

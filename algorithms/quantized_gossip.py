@@ -1,13 +1,12 @@
 """Quantized gossip: models sent compressed as they are, which does not converge."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import buckets, checks, compatibility, primitives, schedules, topologies
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
@@ -47,7 +46,7 @@ def quantized_gossip(
         axis_name: the workers' axis, or ``("node", "local")``: then devices of a node
             are averaged and nodes mix, each device a shard.
         topology: a name, built for the axis's size, or a ``Topology``.
-        bucket_bytes: wished size of a bucket in bytes; static.
+        bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -59,6 +58,9 @@ def quantized_gossip(
             params are missing, of another structure, not floating point, or hold no
             elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor of more than small error.
 
     Communication:
         For each bucket one collective-permute of the payload for each neighbour.
@@ -80,15 +82,16 @@ def quantized_gossip(
 
     Example:
         >>> from bagua_jax import compressors
-        >>> tx = quantized_gossip(compressors.sign(), axis_name="workers")
-        >>> params, updates = jnp.zeros((3, 2)), jnp.array([[3.0, 1.0]] * 3)
+        >>> tx = quantized_gossip(compressors.cast("bfloat16"), axis_name="workers")
+        >>> params, updates = jnp.zeros((3, 2)), jnp.array([[3.0, 1.3]] * 3)
         >>> step = lambda u, x: x + tx.update(u, tx.init(x), x)[0]
         >>> jax.vmap(step, axis_name="workers")(updates, params)[0].tolist()
-        [2.0, 2.0]
+        [3.0, 1.296875]
     """
     caller = "quantized_gossip"
     topologies.require_known(topology, caller)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
+    compatibility.require_compressor(caller, compressor, compatibility.CARRIED)
 
     def init_fn(params):
         checks.require_floats(params, caller)
@@ -99,22 +102,16 @@ def quantized_gossip(
         checks.require_weights(updates, params, axis_name, caller)
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         key = jax.random.fold_in(state.key, state.count)
-        bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
 
-        mixed = [
-            primitives.d_lp_s(
-                v,
-                compressor,
-                graph,
-                axis_name=axis_name,
-                step=state.count,
-                key=next(bucket_keys),
-            )
-            for v in plan.pack(weights.adapt(params, updates, axis_name))
-        ]
-        new_updates = weights.updates_to(plan.unpack(mixed), params, updates)
+        def exchange(v, key):
+            where = {"axis_name": axis_name, "step": state.count, "key": key}
+            return (primitives.d_lp_s(v, compressor, graph, **where),)
+
+        x = weights.adapt(params, updates, axis_name)
+        (mixed,) = plan.map(exchange, x, keys=key)
+        new_updates = weights.updates_to(mixed, params, updates)
         count = schedules.increment(state.count)
         return new_updates, QuantizedGossipState(count, state.key)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import buckets, checks, precision, primitives, schedules, topologies
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import Topology
@@ -56,7 +56,7 @@ def quasi_global_momentum(
             doubly stochastic; it may rotate.
         momentum: beta in [0, 1), the share of the direction in a step.
         smoothing: mu in [0, 1), of the direction; the paper takes beta.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -119,7 +119,7 @@ def quasi_global_momentum(
         checks.require_floats(params, caller)
         return QuasiGlobalMomentumState(
             count=jnp.zeros([], jnp.int32),
-            direction=optax.tree.zeros_like(weights.private(params, axis_name)),
+            direction=primitives.worker_local(precision.zeros(params), axis_name),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -128,7 +128,7 @@ def quasi_global_momentum(
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
         weights.require_doubly_stochastic(graph, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         per_rate = jnp.where(rate == 0, 0.0, 1 / jnp.where(rate == 0, 1.0, rate))
 

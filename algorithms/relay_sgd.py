@@ -56,7 +56,7 @@ def relay_sgd(
         topology: ``"binary_tree"`` or ``"path"``, built for the axis's size, or a
             ``Topology`` whose links are a tree: connected, both ways, n-1 edges, of
             period 1. Its weights do not matter.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept. All
@@ -130,7 +130,9 @@ def relay_sgd(
             slots = len(topology.steps[0].sends)
         else:
             slots = _DEGREES[topology]  # the number of workers may be unknown here
-        return RelaySGDState(heard=(weights.private(params, axis_name),) * slots)
+        return RelaySGDState(
+            heard=tuple(weights.private(params, axis_name) for _ in range(slots))
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -140,7 +142,7 @@ def relay_sgd(
         _require_tree(graph, caller)
         mixing, peers = graph.steps[0], primitives.peer_axis(axis_name)
         links = [mixing._replace(sends=(send,)) for send in mixing.sends]
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         index = primitives.axis_index(peers, caller)
         *tell, average = jnp.asarray(_shares(graph))[index]
 
@@ -169,7 +171,7 @@ def relay_sgd(
 
 
 def _weigh(shares: jax.Array, rows: jax.Array) -> jax.Array:
-    return jnp.sum(shares[:, None] * rows, axis=0)
+    return jnp.sum(shares[:, None].astype(rows.dtype) * rows, axis=0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,24 +179,30 @@ def _shares(tree: Topology) -> np.ndarray:
     """Weigh a worker's own model, and what it heard in each send.
 
     Returns:
-        [n, sends + 1, 1 + sends] float32: for each worker a row for what it tells in
+        [n, sends + 1, 1 + sends]: for each worker a row for what it tells in
         each send, and a last one for its new model.
     """
     n, sends = tree.n, tree.steps[0].sends
-    linked = tree.mixing_matrix() > 0
-    distance = np.where(np.eye(n, dtype=bool), 0, np.where(linked, 1, n))
-    for k in range(n):  # by way of the workers up to k
-        distance = np.minimum(distance, distance[:, [k]] + distance[[k]])
-
     told = [dict(send.pairs) for send in sends]
     told_by = [{j: i for i, j in pairs.items()} for pairs in told]
-    shares = np.zeros((n, len(sends) + 1, 1 + len(sends)), np.float32)
+
+    parent, order = {0: 0}, [0]  # the tree as it hangs from worker 0
+    for i in order:
+        found = [to[i] for to in told if i in to and to[i] not in parent]
+        parent |= dict.fromkeys(found, i)
+        order += found
+    below = np.ones(n, int)  # workers that hang from one, itself among them
+    for i in reversed(order[1:]):
+        below[parent[i]] += below[i]
+
+    shares = np.zeros((n, len(sends) + 1, 1 + len(sends)))
     for i in range(n):
         own = np.eye(1, 1 + len(sends))[0]
         sizes = own.copy()
         for k, by in enumerate(told_by, start=1):
             if i in by:  # all who are nearer to that neighbour
-                sizes[k] = (distance[by[i]] < distance[i]).sum()
+                hangs = by[i] != parent[i]
+                sizes[k] = below[by[i]] if hangs else n - below[i]
         shares[i, -1] = sizes / n
         for k, to in enumerate(told):
             if i in to:  # nobody is told what came from it
@@ -207,7 +215,7 @@ def _shares(tree: Topology) -> np.ndarray:
 def _require_tree(topology: Topology, caller: str) -> None:
     n, mixing = topology.n, topology.steps[0]
     links = [pair for send in mixing.sends for pair in send.pairs]
-    both_ways = {(i, j) for i, j in links if (j, i) in links}
+    both_ways = set(links) & {(j, i) for i, j in links}
     if (
         topology.period != 1
         or not len(links) == len(both_ways) == 2 * (n - 1)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules
+from bagua_jax import buckets, checks, precision, primitives, schedules
 from bagua_jax.compressors import Compressor, CompressorFacts
+from bagua_jax.compressors.numerics import all_finite
 from bagua_jax.compressors.packing import pack, packed_bytes, unpack
 from bagua_jax.primitives import AxisName
 
@@ -49,7 +50,7 @@ def signum(
             averaged in full precision inside the node, and nodes vote.
         momentum: beta, in [0, 1); 0 is signSGD.
         weight_decay: lambda, decoupled; needs params where it is not 0.
-        bucket_bytes: wished size of a bucket in bytes, counted in the updates' dtype;
+        bucket_bytes: target bucket size in bytes, counted in the updates' dtype;
             static.
 
     Returns:
@@ -97,7 +98,7 @@ def signum(
 
     def init_fn(params):
         checks.require_floats(params, caller)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
+        zeros = precision.zeros(params)
         return SignumState(
             count=jnp.zeros([], jnp.int32),
             momentum=primitives.worker_local(zeros, axis_name),
@@ -106,13 +107,13 @@ def signum(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_gradients(updates, params, axis_name, caller)
-        grads = optax.tree.cast(updates, jnp.float32)
+        grads = precision.wide(updates)
         local = optax.tree.update_moment(grads, state.momentum, momentum, 1)
 
         def vote(m):  # The mean of signs has the sign of their sum.
             return primitives.c_lp_s(m, signs, axis_name=axis_name)[:1]
 
-        (direction,) = buckets.plan(updates, bucket_bytes).map(vote, local)
+        (direction,) = buckets.plan(updates, bucket_bytes, axis_name).map(vote, local)
         if isinstance(weight_decay, jax.Array) or weight_decay:
             if params is None:
                 raise ValueError(
@@ -141,8 +142,8 @@ def _signs() -> Compressor:
 
     def compress(key, x, state):
         del key
-        finite = jnp.all(jnp.isfinite(x), keepdims=True)
-        return _Signs(pack(x >= 0, 2), finite.astype(jnp.uint8)), state
+        finite = all_finite(x)[None].astype(jnp.uint8)
+        return _Signs(pack(x >= 0, 2), finite), state
 
     def decompress(payload, like):
         positive = unpack(payload.signs, 2, math.prod(like.shape)) > 0

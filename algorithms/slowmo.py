@@ -50,7 +50,7 @@ def slowmo(
             already taken; v is kept in units of gradients, so that it outlives a fall.
         slow_momentum: beta in [0, 1); the paper tunes it from 0.4 to 0.8.
         slow_learning_rate: alpha > 0.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept. All
@@ -113,7 +113,7 @@ def slowmo(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.require_weights(updates, params, axis_name, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         def step_slowly(x, anchor, velocity):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, primitives, schedules, topologies
+from bagua_jax import buckets, checks, precision, primitives, schedules, topologies
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import Topology
@@ -45,7 +45,7 @@ def stochastic_gradient_push(
             are averaged, masses too, and nodes push.
         topology: a name, built for the axis's size at trace time, or a ``Topology``
             whose columns sum to 1; directed, rotating or neither.
-        bucket_bytes: wished size of a message in bytes; static.
+        bucket_bytes: target message size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.
@@ -97,7 +97,9 @@ def stochastic_gradient_push(
         checks.require_floats(params, caller)
         return StochasticGradientPushState(
             count=jnp.zeros([], jnp.int32),
-            mass=primitives.worker_local(jnp.ones([]), axis_name),
+            mass=primitives.worker_local(
+                jnp.ones([], precision.wide_dtype(params)), axis_name
+            ),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -106,19 +108,19 @@ def stochastic_gradient_push(
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
         _require_columns(graph, caller)
-        plan = buckets.plan(params, bucket_bytes)
+        plan = buckets.plan(params, bucket_bytes, axis_name)
 
         def push(v):
             return primitives.d_fp_s(v, graph, axis_name=axis_name, step=state.count)
 
         x = jax.tree.map(
-            lambda z, u: state.mass * z.astype(jnp.float32) + u, params, updates
+            lambda z, u: state.mass.astype(precision.wide_dtype(z)) * z + u,
+            params,
+            updates,
         )
-        first, *others = plan.pack(x)
-        *pushed, mass = jnp.split(push(jnp.append(first, state.mass)), [first.size])
-        pushed += map(push, others)
-        mass = mass[0]
-        z = plan.unpack([v / mass for v in pushed])
+        pushed = map(push, weights.append(plan.pack(x), state.mass))
+        vectors, mass = weights.detach(list(pushed), plan, state.mass)
+        z = plan.unpack([v / mass for v in vectors])
         new_updates = weights.updates_to(z, params, updates)
         count = schedules.increment(state.count)
         return new_updates, StochasticGradientPushState(count, mass)

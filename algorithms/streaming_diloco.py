@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bagua_jax import buckets, checks, schedules
+from bagua_jax import buckets, checks, compatibility, schedules
 from bagua_jax.algorithms import weights
-from bagua_jax.algorithms.bytegrad import init_errors
+from bagua_jax.algorithms.feedback import init_errors
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName, Errors
 
@@ -61,6 +61,8 @@ def streaming_diloco(
 
     With a compressor D is the mean by ScatterReduce of compressed outer gradients, with
     error feedback at the worker and at the owner of each part.
+    An error that waits acts like more momentum: the coarser the compressor, the smaller
+    eta and beta must be, else models grow without end.
 
     Args:
         axis_name: the workers' axis, or ``("node", "local")``.
@@ -71,9 +73,9 @@ def streaming_diloco(
         mixing: alpha in [0, 1), the share of one's own model that outlives a merging.
         outer_learning_rate: eta > 0.
         outer_momentum: beta in [0, 1).
-        compressor: of outer gradients, stateless, such as ``blockwise(bits=4)``;
-            ``None`` averages them exactly.
-        bucket_bytes: wished size of a message in bytes; static.
+        compressor: of outer gradients, stateless, a contraction, such as
+            ``blockwise(bits=4)``; ``None`` averages them exactly.
+        bucket_bytes: target message size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
     Returns:
@@ -81,10 +83,14 @@ def streaming_diloco(
         workers must start from equal params.
 
     Raises:
-        ValueError: if an argument is out of range; if the compressor keeps state; if
-            params are missing, of another structure, not floating point, or hold no
-            elements.
+        ValueError: if an argument is out of range; if the compressor keeps state, or
+            feedback would make its error grow; if params are missing, of another
+            structure, not floating point, or hold no elements.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for a compressor without a known
+            contraction.
 
     Communication:
         At a fragment's turn, for each of its buckets one all-reduce of float32; with a
@@ -145,6 +151,11 @@ def streaming_diloco(
     checks.require_within(caller, "outer_momentum", outer_momentum, 0, 1)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
     feedback = "none" if compressor is None else "both"
+    check = lambda d: None  # noqa: E731
+    if compressor is not None:
+        check = compatibility.require_compressor(
+            caller, compressor, compatibility.FED_BACK
+        )
     turns = np.array([(p + 1) * local_steps // fragments for p in range(fragments)])
 
     def init_fn(params) -> Any:
@@ -172,6 +183,7 @@ def streaming_diloco(
                 compressor,
                 key,
                 axis_name,
+                check,
             )
             anchor, velocity = weights.outer_step(
                 anchor, velocity, gradient, outer_learning_rate, outer_momentum
@@ -179,7 +191,7 @@ def streaming_diloco(
             return anchor, velocity, *errors
 
         def turn_of(fragment: slice):
-            plan = buckets.plan(_take(params, fragment), bucket_bytes)
+            plan = buckets.plan(_take(params, fragment), bucket_bytes, axis_name)
 
             def turn(x, *outer):
                 taken = [_take(tree, fragment) for tree in (x, *outer)]

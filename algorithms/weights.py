@@ -1,22 +1,25 @@
 """What weight-side algorithms share: the step before an exchange, and what follows."""
 
-import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, primitives
+from bagua_jax import buckets, precision, primitives
+from bagua_jax.algorithms.feedback import scatter_reduce
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName, Errors
 from bagua_jax.topologies import Topology
 
 __all__ = [
     "adapt",
+    "append",
     "average",
     "compressed_average",
     "correct",
+    "detach",
     "mix",
     "outer_step",
     "private",
@@ -27,20 +30,18 @@ __all__ = [
 
 
 def private(params: Any, axis_name: AxisName) -> Any:
-    """Copy a tree in float32, declared as each worker's own; for states."""
-    return primitives.worker_local(optax.tree.cast(params, jnp.float32), axis_name)
+    """Copy a tree in float32 or wider, declared as each worker's own; for states."""
+    return primitives.worker_local(precision.copy(params), axis_name)
 
 
 def adapt(params: Any, updates: Any, axis_name: AxisName) -> Any:
-    """Step on one's own: x_i + u_i in float32, each worker's own."""
-    x = jax.tree.map(
-        lambda x, u: x.astype(jnp.float32) + u.astype(jnp.float32), params, updates
-    )
+    """Step on one's own: x_i + u_i in float32 or wider, each worker's own."""
+    x = optax.tree.add(precision.wide(params), precision.wide(updates))
     return primitives.worker_local(x, axis_name)
 
 
 def updates_to(x: Any, params: Any, updates: Any) -> Any:
-    """Give the updates that move ``params`` to ``x``, in the dtypes of ``updates``."""
+    """Return updates that move ``params`` to ``x``, in the dtypes of ``updates``."""
     return optax.tree.cast_like(optax.tree.sub(x, params), updates)
 
 
@@ -57,6 +58,7 @@ def compressed_average(
     compressor: Compressor | None,
     key: jax.Array,
     axis_name: AxisName,
+    check: Callable[[int], None] = lambda d: None,
 ) -> tuple[Any, Errors]:
     """Average a tree by ScatterReduce of compressed buckets, or exactly with none.
 
@@ -67,26 +69,17 @@ def compressed_average(
         compressor: stateless; ``None`` averages exactly.
         key: equal on all workers.
         axis_name: the workers' axis.
+        check: refuses a length of the vectors that are compressed.
 
     Returns:
         The mean and the errors, typed as varying.
     """
     if compressor is None:
         return average(x, plan, axis_name), errors
-    bucket_keys = (jax.random.fold_in(key, b) for b in itertools.count())
-
-    def exchange(move, worker, owner):
-        mean, left = primitives.c_lp_s(
-            move,
-            compressor,
-            Errors(worker, owner),
-            axis_name=axis_name,
-            key=next(bucket_keys),
-        )
-        return mean, *left
-
-    mean, *left = plan.map(exchange, x, *errors)
-    return primitives.worker_local((mean, Errors(*left)), axis_name)
+    averaged = scatter_reduce(
+        x, errors, plan, compressor, axis_name=axis_name, key=key, check=check
+    )
+    return primitives.worker_local(averaged, axis_name)
 
 
 def outer_step(
@@ -104,6 +97,41 @@ def mix(x: Any, plan: buckets.Plan, topology: Topology, axis_name: AxisName) -> 
     """Mix a tree with neighbours along a graph of period 1, bucket by bucket."""
     mixed = [primitives.d_fp_s(v, topology, axis_name=axis_name) for v in plan.pack(x)]
     return plan.unpack(mixed)
+
+
+def append(vectors: Sequence[jax.Array], number: jax.Array) -> list[jax.Array]:
+    """Let a number ride along with buckets: at the end of one that varies no more.
+
+    Args:
+        vectors: of a plan.
+        number: [] of this worker.
+
+    Returns:
+        The vectors, one of them longer; or one more where all vary over further axes,
+        such as one of experts, along which the number is equal.
+    """
+    place = _place(vectors, number)
+    return [
+        jnp.append(vector, number) if bucket == place else vector
+        for bucket, vector in enumerate((*vectors, number[None][:0]))
+        if bucket < len(vectors) or bucket == place
+    ]
+
+
+def detach(
+    vectors: Sequence[jax.Array], plan: buckets.Plan, number: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """Take apart what :func:`append` put together: the vectors, and the number."""
+    sizes = (*plan.sizes, 0)
+    (place,) = (b for b, v in enumerate(vectors) if v.shape[0] > sizes[b])
+    apart = [v[:size] for v, size in zip(vectors, plan.sizes, strict=False)]
+    return apart, vectors[place][-1]
+
+
+def _place(vectors: Sequence[jax.Array], number: jax.Array) -> int:
+    axes = primitives.varying_axes(number)
+    fits = (b for b, v in enumerate(vectors) if primitives.varying_axes(v) <= axes)
+    return next(fits, len(vectors))
 
 
 def correct(adapted: Any, params: Any, previous: Any) -> Any:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from bagua_jax import buckets, checks, primitives, schedules
-from bagua_jax.algorithms import weights
-from bagua_jax.algorithms.bytegrad import init_errors
+from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
+from bagua_jax.algorithms import moments, weights
+from bagua_jax.algorithms.feedback import init_errors, scatter_reduce
 from bagua_jax.compressors import Compressor, sign
 from bagua_jax.primitives import AxisName, Errors
 
@@ -20,6 +20,7 @@ class ZeroOneAdamState(NamedTuple):
     """State of :func:`zero_one_adam`; trees like params in float32."""
 
     count: jax.Array  # [] int32, steps taken; equal on all workers
+    key: jax.Array  # [] typed PRNG key; equal on all workers
     mu: optax.Updates  # momentum; worker-local, the same after a synchronization
     nu: optax.Updates  # second moment; equal on all workers
     moved: optax.Updates  # u, the momenta times gamma since the last one; worker-local
@@ -41,6 +42,7 @@ def zero_one_adam(
     eps: float = 1e-8,
     compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam of rare variances and rarer synchronizations, in one bit an element.
 
@@ -84,10 +86,11 @@ def zero_one_adam(
             kappa log2(1 + F/kappa), and v is not corrected for its start at zero: with
             less than a few times 1/(1 - b2) of them steps are too long.
         eps: added to the denominator, > 0.
-        compressor: C, stateless and deterministic. ``sign("l1")`` is contractive on
-            every vector, which the paper's choice is not.
-        bucket_bytes: wished size of a bucket in bytes, counted in the updates' dtype;
+        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
+            none on vectors of few large elements. ``sign("l1")`` always is one.
+        bucket_bytes: target bucket size in bytes, counted in the updates' dtype;
             static. Every part of a bucket has one scale.
+        seed: of the key that a stochastic compressor draws from.
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept. All
@@ -96,8 +99,13 @@ def zero_one_adam(
     Raises:
         ValueError: if an argument is out of range; if params are missing, of another
             structure, not floating point, or hold no elements; if gradients arrive
-            already summed over the axis; if the compressor keeps state.
+            already summed over the axis; if the compressor keeps state, or feedback
+            would make its error grow.
         NameError: if the axis is not mapped where ``update`` is called.
+
+    Warns:
+        UserWarning: once, at construction, for another compressor without a known
+            contraction.
 
     Communication:
         On a step of T_u one all-to-all and one all-gather of packed signs and a scale
@@ -118,11 +126,13 @@ def zero_one_adam(
         eps stands beside the root. An entry does not move while v = 0: at the first
         step, or if its gradient has always been zero. A learning rate of 0 since the
         last synchronization leaves the momentum as it is (s = 0). Params end up at the
-        anchor up to the rounding of params + update, which does not add up.
+        anchor up to the rounding of params + update, which does not add up. DeepSpeed's
+        program refreshes the variance a step later (at 18, 20, ... where ours does at
+        17, 19, ...), freezes it a step later, and compresses gradients before that.
 
     References:
         Lu et al., `Maximizing Communication Efficiency for Large-scale Training via 0/1
-        Adam`, 2022 (arXiv 2202.06009). Names and schedules as in DeepSpeed.
+        Adam`, 2022 (arXiv 2202.06009). Names of arguments as in DeepSpeed.
 
     Example:
         >>> tx = zero_one_adam(0.1, axis_name="workers", b1=0.0, b2=0.0)
@@ -146,14 +156,18 @@ def zero_one_adam(
     checks.require_within(caller, "b1", b1, 0, 1)
     checks.require_within(caller, "b2", b2, 0, 1)
     checks.require_within(caller, "eps", eps, 0, open_below=True)
+    check = compatibility.require_compressor(
+        caller, compressor, compatibility.FED_BACK, published="sign(l2)"
+    )
 
     def init_fn(params) -> Any:
         checks.require_floats(params, caller)
         anchor = weights.private(params, axis_name)
         return ZeroOneAdamState(
             count=jnp.zeros([], jnp.int32),
+            key=jax.random.key(seed),
             mu=optax.tree.zeros_like(anchor),
-            nu=optax.tree.zeros_like(params, dtype=jnp.float32),
+            nu=precision.zeros(params),
             moved=optax.tree.zeros_like(anchor),
             rates=jnp.zeros([], jnp.float32),
             anchor=anchor,
@@ -164,17 +178,13 @@ def zero_one_adam(
         del extra_args
         checks.require_weights(updates, params, axis_name, caller)
         primitives.require_local(updates, axis_name, caller)
-        plan = buckets.plan(updates, bucket_bytes)
+        plan = buckets.plan(updates, bucket_bytes, axis_name)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         def precondition(tree):
-            return jax.tree.map(
-                lambda m, v: jnp.where(v == 0, 0, m / (jnp.sqrt(v) + eps)),
-                tree,
-                state.nu,
-            )
+            return moments.precondition(tree, state.nu, eps)
 
-        grads = optax.tree.cast(updates, jnp.float32)
+        grads = precision.wide(updates)
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         step = optax.tree.scale(rate, mu)
         moved = optax.tree.add(state.moved, step)
@@ -185,19 +195,21 @@ def zero_one_adam(
             return x, mu, moved, rates, state.anchor, state.error
 
         def synchronize():
-            def exchange(u, worker, owner):
-                mean, errors = primitives.c_lp_s(
-                    u, compressor, Errors(worker, owner), axis_name=axis_name
-                )
-                return mean, *errors
-
-            mean, *errors = plan.map(exchange, moved, *state.error)
+            mean, error = scatter_reduce(
+                moved,
+                state.error,
+                plan,
+                compressor,
+                axis_name=axis_name,
+                key=jax.random.fold_in(state.key, state.count),
+                check=check,
+            )
             anchor = optax.tree.sub(state.anchor, precondition(mean))
             common = jax.tree.map(
                 lambda u, m: jnp.where(rates == 0, m, u / rates), mean, mu
             )
             nothing = jax.tree.map(jnp.zeros_like, (moved, rates))
-            return anchor, common, *nothing, anchor, Errors(*errors)
+            return anchor, common, *nothing, anchor, error
 
         x, mu, moved, rates, anchor, error = schedules.every(
             _is_sync(
@@ -213,7 +225,7 @@ def zero_one_adam(
             mean = plan.unpack(
                 [primitives.c_fp_s(g, axis_name=axis_name) for g in vectors]
             )
-            mean = optax.tree.cast(mean, jnp.float32)
+            mean = precision.wide(mean)
             return optax.tree.update_moment(mean, state.nu, b2, 2)
 
         due = _is_refresh(state.count, var_update_scaler)
@@ -224,7 +236,9 @@ def zero_one_adam(
         )
         new_updates = weights.updates_to(x, params, updates)
         count = schedules.increment(state.count)
-        return new_updates, ZeroOneAdamState(count, mu, nu, moved, rates, anchor, error)
+        return new_updates, ZeroOneAdamState(
+            count, state.key, mu, nu, moved, rates, anchor, error
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

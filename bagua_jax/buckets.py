@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bagua_jax import primitives
 from bagua_jax.marks import mark
+from bagua_jax.primitives import AxisName
 
 __all__ = ["DEFAULT_BUCKET_BYTES", "Plan", "plan"]
 
@@ -39,19 +41,21 @@ class Plan(NamedTuple):
         """Elements of each bucket."""
         return tuple(sum(self.leaves[i].size for i in b) for b in self.buckets)
 
-    def pack(self, tree: Any) -> tuple[jax.Array, ...]:
+    def pack(self, tree: Any) -> tuple[Any, ...]:
         """Concatenate the leaves of each bucket.
 
         Args:
-            tree: a tree of the plan's structure and shapes. Leaves may have another
-                dtype than the plan's, one for each bucket.
+            tree: a tree of the plan's structure and shapes, or ``None``. Leaves may
+                have another dtype than the plan's, one for each bucket.
 
         Returns:
-            One vector [N] for each bucket.
+            One vector [N] for each bucket; ``None`` for each where the tree is none.
 
         Raises:
             ValueError: if the tree's structure or a leaf's shape is not the plan's.
         """
+        if tree is None:
+            return (None,) * len(self.buckets)
         values, structure = jax.tree.flatten(tree)
         shapes = [jnp.shape(value) for value in values]
         if structure != self.structure or shapes != [x.shape for x in self.leaves]:
@@ -71,18 +75,21 @@ class Plan(NamedTuple):
             for b, bucket in enumerate(self.buckets)
         )
 
-    def unpack(self, vectors: Sequence[jax.Array]) -> Any:
+    def unpack(self, vectors: Sequence[Any]) -> Any:
         """Cut the vectors into leaves: the exact inverse of :meth:`pack`.
 
         Args:
-            vectors: one vector [N] for each bucket.
+            vectors: one vector [N] for each bucket, or ``None`` for each.
 
         Returns:
-            A tree of the plan's structure and shapes, in the vectors' dtypes.
+            A tree of the plan's structure and shapes, in the vectors' dtypes; ``None``
+            for ``None``.
 
         Raises:
             ValueError: if the vectors do not fit the plan.
         """
+        if len(vectors) > 0 and all(vector is None for vector in vectors):
+            return None
         shapes = [jnp.shape(vector) for vector in vectors]
         if shapes != [(size,) for size in self.sizes]:
             raise ValueError(
@@ -100,38 +107,59 @@ class Plan(NamedTuple):
         return jax.tree.unflatten(self.structure, values)
 
     def map(
-        self, fn: Callable[..., tuple[jax.Array | None, ...]], *trees: Any
+        self,
+        fn: Callable[..., tuple[jax.Array | None, ...]],
+        *trees: Any,
+        keys: jax.Array | None = None,
     ) -> tuple[Any, ...]:
         """Apply a function of flat vectors bucket by bucket.
 
         Args:
             fn: takes one vector of each tree, returns a tuple of vectors as long.
             *trees: of the plan's structure; ``None`` passes ``None`` for each bucket.
+            keys: a PRNG key, from which every bucket's own is derived by its number:
+                ``fn`` is passed it as ``key``. Where ``None``, ``fn`` is passed none.
 
         Returns:
             A tree for each result; ``None`` where the function returns ``None``.
+
+        Example:
+            >>> p = plan({"a": jnp.zeros(2), "b": jnp.zeros(2)}, bucket_bytes=8)
+            >>> draw = lambda x, key: (jax.random.normal(key, x.shape),)
+            >>> (noise,) = p.map(draw, {"a": jnp.zeros(2), "b": jnp.zeros(2)},
+            ...                  keys=jax.random.key(0))
+            >>> bool((noise["a"] == noise["b"]).any())
+            False
         """
-        absent = (None,) * len(self.buckets)
-        packed = [absent if tree is None else self.pack(tree) for tree in trees]
-        results = [fn(*vectors) for vectors in zip(*packed, strict=True)]
-        return tuple(
-            None if column[0] is None else self.unpack(column)
-            for column in zip(*results, strict=True)
-        )
+        columns = enumerate(zip(*map(self.pack, trees), strict=True))
+        results = [
+            fn(*vectors)
+            if keys is None
+            else fn(*vectors, key=jax.random.fold_in(keys, bucket))
+            for bucket, vectors in columns
+        ]
+        return tuple(map(self.unpack, zip(*results, strict=True)))
 
 
-def plan(tree: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Plan:
+def plan(
+    tree: Any, bucket_bytes: float = DEFAULT_BUCKET_BYTES, axis_name: AxisName = ()
+) -> Plan:
     """Divide a tree's leaves into buckets, so that messages are few and large.
 
     Leaves are taken in reverse order of flattening, which is about the order in which
-    the backward pass finishes their gradients. A bucket holds one dtype, and takes the
-    next leaf as long as that brings it nearer to ``bucket_bytes``: it ends within half
-    a leaf of that size, or is one larger leaf.
+    the backward pass finishes their gradients. A bucket holds one dtype and one varying
+    type (:func:`bagua_jax.primitives.leaf_types`), and takes the next leaf as long as
+    that brings it nearer to ``bucket_bytes``: it ends within half a leaf of that size,
+    or is one larger leaf.
 
     Args:
         tree: of arrays or ``jax.ShapeDtypeStruct``; ``None`` and masked nodes hold no
             leaves, and leaves without elements take no room.
-        bucket_bytes: wished size of a bucket in bytes, at least 1; static.
+        bucket_bytes: target size of a bucket in bytes, at least 1; static. Infinity
+            makes one bucket of each kind.
+        axis_name: the workers' axis, or axes. Over others, such as one of experts,
+            leaves may or may not vary: where JAX does not track that (``shard_map``
+            with ``check_vma=False``), a bucket holds one leaf.
 
     Returns:
         The plan, whose ``pack`` and ``unpack`` are exact inverses.
@@ -160,12 +188,14 @@ def plan(tree: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Plan:
         )
         for i, v in enumerate(values)
     )
-    by_dtype: dict[np.dtype, list[_Leaf]] = {}
+    types = primitives.leaf_types(tree, axis_name)
+    alike: dict[Any, list[_Leaf]] = {}
     for leaf in sorted(reversed(leaves), key=lambda leaf: leaf.size == 0):
-        by_dtype.setdefault(leaf.dtype, []).append(leaf)  # without elements: last
+        kind = (leaf.dtype, types[leaf.index])
+        alike.setdefault(kind, []).append(leaf)  # without elements: last
 
     buckets: list[tuple[int, ...]] = []
-    for dtype, group in by_dtype.items():
+    for (dtype, _), group in alike.items():
         current: list[int] = []
         filled = 0
         for leaf in group:

@@ -1,5 +1,6 @@
 """Refusals that algorithms share: each names the function, the rule and the cure."""
 
+import sys
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ __all__ = [
     "require_choice",
     "require_floats",
     "require_gradients",
+    "require_one_type",
     "require_weights",
     "require_within",
 ]
@@ -62,11 +64,64 @@ def _require_elements(tree: Any, caller: str) -> None:
 
 
 def _require_same(updates: Any, params: Any, caller: str) -> None:
-    if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, params):
+    # Never two mapped trees: a class of a user's own may have no __eq__.
+    found, wanted = map(_layout, (updates, params))
+    if found != wanted:
         raise ValueError(
             f"{caller}: updates and params must have the same structure and shapes; "
-            f"got updates {jax.tree.map(jnp.shape, updates)} and params "
-            f"{jax.tree.map(jnp.shape, params)}."
+            f"got updates {found[0]} with shapes {found[1]} and params {wanted[0]} "
+            f"with shapes {wanted[1]}."
+        )
+
+
+def _layout(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _refuse_own_verdicts(axis_name: AxisName, caller: str) -> None:
+    """Refuse optax's wrappers that decide on each worker alone whether it exchanges.
+
+    An exchange cannot see the branch that it is traced in, nor what decides it; the
+    Python frames of its trace name the wrapper. Those of a wrapper that JAX has traced
+    before are not there: then nothing is refused.
+    """
+    frame, is_varying = sys._getframe(1), False
+    while frame is not None:
+        function = frame.f_code.co_qualname
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        is_varying |= package == "bagua_jax" and function.startswith("varying.")
+        if package == "optax" and function.startswith("apply_if_finite."):
+            raise ValueError(
+                f"{caller}: optax.apply_if_finite around an exchange decides on each "
+                "worker alone: one that skips it leaves the others waiting for ever, "
+                "or they take its NaN. Use bagua_jax.skip_not_finite(tx, "
+                f"{axis_name!r}) in its place."
+            )
+        if package == "optax" and function == "MultiSteps.update":
+            _refuse_multi_steps(frame.f_locals, is_varying, axis_name, caller)
+        frame = frame.f_back
+
+
+def _refuse_multi_steps(scope, is_varying, axis_name, caller) -> None:
+    """Refuse what cannot work of ``optax.MultiSteps``; ``scope`` is its update's."""
+    skip = scope["self"]._should_skip_update_fn
+    name = getattr(skip, "__qualname__", repr(skip))
+    if not name.startswith("MultiSteps."):  # its own default, which skips nothing
+        raise ValueError(
+            f"{caller}: optax.MultiSteps with should_skip_update_fn={name} around an "
+            "exchange decides on each worker alone: one that skips it leaves the "
+            "others waiting for ever, or counts micro-batches of its own. Use "
+            "bagua_jax.skip_not_finite(bagua_jax.accumulate(tx, every_k), "
+            f"{axis_name!r})."
+        )
+    sums = jax.tree.leaves(scope["state"].acc_grads)
+    is_equal = any(primitives.is_invariant(x, axis_name) for x in sums)
+    if is_equal or (not is_varying and primitives.is_typed(axis_name)):
+        raise ValueError(
+            f"{caller}: optax.MultiSteps around an exchange has branches of unequal "
+            "types, or averages that look already summed; and it exchanges on every "
+            "micro-batch. Use bagua_jax.accumulate(tx, every_k), which exchanges once "
+            "per optimizer step."
         )
 
 
@@ -81,11 +136,30 @@ def require_gradients(
         NameError: if the axis is not mapped here.
     """
     primitives.axis_size(axis_name, caller)
+    _refuse_own_verdicts(axis_name, caller)
     require_floats(updates, caller)
     _require_elements(updates, caller)
     if params is not None:
         _require_same(updates, params, caller)
     primitives.require_local(updates, axis_name, caller)
+
+
+def require_one_type(
+    tree: Any, axis_name: AxisName, caller: str, what: str, cure: str
+) -> None:
+    """Refuse leaves of which some vary over a further axis, where a number joins them.
+
+    Raises:
+        ValueError: if JAX types the leaves differently, or tracks no types over an
+            axis other than the workers' and there are several leaves.
+    """
+    types = primitives.leaf_types(tree, axis_name)
+    if len(set(types)) > 1:
+        raise ValueError(
+            f"{caller}: {what} is one number of all leaves, and some of them vary over "
+            "further axes of the mesh, or may (shard_map with check_vma=False): those "
+            f"that do not would come apart along these axes. {cure}"
+        )
 
 
 def require_weights(
@@ -95,10 +169,12 @@ def require_weights(
 
     Raises:
         ValueError: if params are missing or of another structure than the updates, a
-            leaf is not floating point, or there are no elements.
+            leaf is not floating point, there are no elements, or the updates were
+            averaged before.
         NameError: if the axis is not mapped here.
     """
     primitives.axis_size(axis_name, caller)
+    _refuse_own_verdicts(axis_name, caller)
     if params is None:
         raise ValueError(
             f"{caller}: it exchanges the parameters, and params is None. Call "
@@ -108,6 +184,7 @@ def require_weights(
     require_floats(params, caller)
     _require_elements(updates, caller)
     _require_same(updates, params, caller)
+    primitives.require_own_updates(updates, axis_name, caller)
 
 
 def require_within(

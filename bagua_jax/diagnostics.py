@@ -4,17 +4,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from bagua_jax import buckets, primitives
 from bagua_jax.compressors import Compressor
+from bagua_jax.compressors.numerics import largest_magnitude
 from bagua_jax.primitives import AxisName
 
 __all__ = [
     "averaged_params",
     "compression_error",
     "consensus_distance_sq",
+    "differing_replicas",
     "replica_checksum",
 ]
 
@@ -32,7 +35,7 @@ def averaged_params(params: Any, *, axis_name: AxisName) -> Any:
     Communication:
         One all-reduce for each bucket of parameters.
     """
-    plan = buckets.plan(params)
+    plan = buckets.plan(params, axis_name=axis_name)
     return plan.unpack(
         [primitives.c_fp_s(v, axis_name=axis_name) for v in plan.pack(params)]
     )
@@ -57,6 +60,43 @@ def consensus_distance_sq(params: Any, *, axis_name: AxisName) -> jax.Array:
     own = optax.tree.norm(difference, squared=True)
     own = primitives.worker_local(jnp.asarray(own, jnp.float32), axis_name)
     return primitives.c_fp_s(own[None], axis_name=axis_name)[0]
+
+
+def differing_replicas(tree: Any) -> tuple[str, ...]:
+    """Name the leaves that say they are replicated, and differ between devices.
+
+    ``jax.shard_map(..., check_vma=False)`` believes ``out_specs=P()``: what each worker
+    has of its own (error feedback, parameters of a gossip) leaves it as one array whose
+    copies differ, of which a print, a checkpoint or a new layout takes one. Nothing
+    refuses that; ``assert not differing_replicas(state)`` after a step finds it.
+
+    Args:
+        tree: of concrete arrays, outside of ``jax.jit``.
+
+    Returns:
+        Names of leaves of which two devices hold the same part with other bits; of
+        several processes each sees its own devices.
+
+    Communication:
+        None; the copies are read by the host.
+
+    Example:
+        >>> differing_replicas({"x": jnp.ones(3), "key": jax.random.key(0)})
+        ()
+    """
+    names = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(leaf, jax.Array):
+            continue
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        copies: dict[str, bytes] = {}
+        for shard in leaf.addressable_shards:
+            bits = np.asarray(shard.data).tobytes()
+            if copies.setdefault(str(shard.index), bits) != bits:
+                names.append(jax.tree_util.keystr(path))
+                break
+    return tuple(names)
 
 
 def replica_checksum(tree: Any) -> jax.Array:
@@ -113,7 +153,7 @@ def compression_error(
     payload, _ = compressor.compress(key, x, compressor.init(x))
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     decoded = compressor.decompress(payload, x).astype(wide.dtype)
-    largest = jnp.max(jnp.abs(wide), initial=0.0)  # squares of extremes would overflow
+    largest = largest_magnitude(wide, axis=None)  # squares of extremes would overflow
     scale = jnp.where(largest > 0, largest, 1.0)
     error = jnp.sum((decoded / scale - wide / scale) ** 2)
     size = jnp.sum((wide / scale) ** 2)

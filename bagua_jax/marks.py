@@ -15,8 +15,8 @@ def mark(x: jax.Array, group: str = "") -> jax.Array:
 
     XLA fuses what makes a vector into everything that reads it, and so makes it again
     for each reader. Only :func:`bagua_jax.parts.split` looks at marks. Otherwise this
-    is the identity, and leaves nothing in a compiled program. Of two marks with one
-    operation between them, both without a group, the second counts.
+    is the identity, and leaves nothing in a compiled program. If two ungrouped marks
+    are separated by a single operation, only the second one cuts.
 
     Args:
         x: any array.
@@ -27,7 +27,7 @@ def mark(x: jax.Array, group: str = "") -> jax.Array:
 
 
 def group_of(equation: Any) -> str | None:
-    """Give the group of a jaxpr's equation; ``None`` if it is no mark."""
+    """Return the group of a jaxpr's equation; ``None`` if it is no mark."""
     if equation.primitive.name != "name":
         return None
     name = equation.params["name"]

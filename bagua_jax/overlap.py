@@ -182,7 +182,11 @@ class Chain:
         return self._hooked[name]
 
     def finish(self, loss: Any) -> Any:
-        """Give the loss back, once it is sure that every part went through the chain.
+        """Return the loss, once it is sure that every part went through the chain.
+
+        A loss that is equal on all workers (a ``lax.pmean``) is typed as varying, so
+        that, as with :func:`bagua_jax.value_and_grad`, the mean of the gradients is the
+        gradient of the mean of the losses.
 
         Raises:
             ValueError: if one did not: its gradients would stay this worker's own.
@@ -193,7 +197,7 @@ class Chain:
                 "their gradients would not be exchanged. Call chain(layer, name, x), "
                 "or take chain[name]."
             )
-        return loss
+        return primitives.worker_local(loss, self._axis_name)
 
     def _hook(self, name: str, x: Any) -> tuple[Any, Any]:
         if name not in self._params:
@@ -271,7 +275,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _after(token: jax.Array, tree: Any) -> Any:
-    """Give a tree that is there only once the token is.
+    """Return a tree that is there only once the token is.
 
     An odd number is never zero, which the compiler does not find out: it keeps the
     select. (It removes ``lax.optimization_barrier``.)

@@ -204,7 +204,7 @@ class Split:
         return jax.block_until_ready(jax.tree.unflatten(out_structure, results))
 
     def parts(self, *args: Any) -> tuple[Part, ...]:
-        """Give the programs that these arguments would run, in order."""
+        """Return the programs that these arguments would run, in order."""
         leaves, structure = jax.tree.flatten(args)
         return self._plan(args, leaves, structure)[0]
 
@@ -702,9 +702,10 @@ def _in_rounds(all_to_all, x: jax.Array, n: int, message_bytes: int) -> jax.Arra
 def _in_order(exchanges: Iterable[int], behind: dict[int, frozenset[int]]) -> list[int]:
     """Order exchanges, on all workers alike: phase by phase.
 
-    A phase begins with what is computed first. If it only goes on with messages of the
-    phase before, all is there at once: then what is needed first goes first, so that
-    the next step's forward pass begins while this one's last messages are under way.
+    A phase begins with what is computed first. If every exchange of a phase depends on
+    exchanges of the previous phase only, all of its inputs arrive together: then what
+    is needed first goes first, so that the next step's forward pass begins while this
+    one's last messages are under way.
     """
     depth: dict[int, int] = {}
     goes_on: set[int] = set()

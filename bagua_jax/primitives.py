@@ -15,6 +15,7 @@ which are equal (*invariant*); the helpers here mark, prove and check it.
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -44,6 +45,9 @@ __all__ = [
     "gather_payloads",
     "gather_rows",
     "group_mean",
+    "is_invariant",
+    "is_typed",
+    "leaf_types",
     "linear_mean",
     "mean_and_own",
     "mix",
@@ -51,19 +55,26 @@ __all__ = [
     "node_shard",
     "num_peers",
     "on_nodes",
+    "part_length",
     "peer_axis",
+    "refuse_graphs",
     "require_local",
+    "require_own_updates",
     "ring_mean",
     "scatter_rows",
+    "shard_length",
+    "true_everywhere",
     "vary_like",
     "varying_axes",
     "worker_key",
     "worker_local",
+    "worker_share",
 ]
 
 AxisName = str | tuple[str, ...]
 
 _LONGEST_UNROLLED = 32  # what is longer takes long to compile
+_ROUNDED = 1 + 1 / 16  # how far codes of 8 bits may land beyond the largest value
 
 
 # --- axes and types ---------------------------------------------------------------
@@ -85,7 +96,7 @@ def peer_axis(axis_name: AxisName) -> str:
 
 
 def axis_size(axis_name: AxisName, caller: str = "axis_size") -> int:
-    """Give the number of workers on an axis, as a Python int.
+    """Return the number of workers on an axis, as a Python int.
 
     Args:
         axis_name: one name, or several; then the product.
@@ -105,13 +116,15 @@ def axis_size(axis_name: AxisName, caller: str = "axis_size") -> int:
             raise NameError(
                 f"{caller}: no mapped axis is named {axis!r} here. Call `update` "
                 f"inside jax.shard_map over a mesh with the axis {axis!r} "
-                f"(Workers.spmd does it), or under jax.vmap(..., axis_name={axis!r})."
+                f"(Workers.spmd does it), or under jax.vmap(..., axis_name={axis!r}). "
+                "A train step for jax.jit and sharded arrays: decorate it with "
+                f"@bagua_jax.data_parallel(mesh, axis={axis!r}) in place of @jax.jit."
             ) from None
     return size
 
 
 def axis_index(axis_name: AxisName, caller: str = "axis_index") -> jax.Array:
-    """Give this worker's index on the axis, [] int32; row-major over several names."""
+    """Return this worker's index on the axis, [] int32; row-major over more names."""
     axis_size(axis_name, caller)
     return lax.axis_index(_axes(axis_name))
 
@@ -119,6 +132,16 @@ def axis_index(axis_name: AxisName, caller: str = "axis_index") -> jax.Array:
 def num_peers(axis_name: AxisName, caller: str) -> int:
     """Count who takes part in the relaxation: workers, or the nodes of a hierarchy."""
     return axis_size(peer_axis(axis_name), caller)
+
+
+def shard_length(x: jax.Array, axis_name: AxisName) -> int:
+    """Count the elements of :func:`node_shard` of a vector."""
+    return -(-x.shape[0] // axis_size(_axes(axis_name)[1:]))
+
+
+def part_length(x: jax.Array, axis_name: AxisName) -> int:
+    """Count the elements of the parts in which :func:`c_lp_s` compresses a vector."""
+    return -(-shard_length(x, axis_name) // axis_size(peer_axis(axis_name)))
 
 
 _NODES: ContextVar[tuple[int, ...]] = ContextVar("nodes", default=())
@@ -182,7 +205,50 @@ def _inside_shard_map(axis: str) -> bool:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """Name the axes over which JAX knows a value to vary; none outside shard_map."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        kind = x.manual_axis_type
+        return frozenset(kind.varying if kind else ())
     return frozenset(jax.typeof(x).mat.varying)
+
+
+def is_typed(axis_name: AxisName) -> bool:
+    """Return whether JAX tracks what varies over the axes: ``check_vma=True``."""
+    return all(
+        _inside_shard_map(axis) and axis in varying_axes(lax.axis_index(axis))
+        for axis in _axes(axis_name)
+    )
+
+
+def leaf_types(tree: Any, axis_name: AxisName) -> list[Any]:
+    """Tell leaves apart that one vector must not hold.
+
+    A vector varies over every axis over which one of its leaves varies, and a codec of
+    a vector mixes its elements: a leaf that is equal along an axis of experts would
+    come apart next to one that is not.
+
+    Args:
+        tree: of arrays or ``jax.ShapeDtypeStruct``.
+        axis_name: the axis, or axes, of the workers.
+
+    Returns:
+        For each leaf in flattening order the axes over which it varies; or its own
+        number, where JAX does not track that over other axes than the workers'
+        (``shard_map`` with ``check_vma=False``).
+    """
+    leaves, mesh = jax.tree.leaves(tree), jax.sharding.get_abstract_mesh()
+    others = tuple(
+        axis
+        for axis in mesh.manual_axes
+        if axis not in _axes(axis_name) and mesh.shape[axis] > 1
+    )
+    if not is_typed(others):
+        return list(range(len(leaves)))
+    return [varying_axes(leaf) for leaf in leaves]
+
+
+def is_invariant(x: Any, axis_name: AxisName) -> bool:
+    """Return whether JAX knows a value to be equal on all workers of the axes."""
+    return is_typed(axis_name) and not varying_axes(x) & set(_axes(axis_name))
 
 
 def worker_local(tree: Any, axis_name: AxisName) -> Any:
@@ -196,13 +262,23 @@ def worker_local(tree: Any, axis_name: AxisName) -> Any:
         The same values; inside ``shard_map`` typed as varying over the axis, elsewhere
         untouched. Nothing is communicated.
 
-    Example:
-        Differentiate with respect to worker-local parameters, or JAX sums the gradients
-        over the workers before a compressor sees them::
+    Raises:
+        ValueError: if the tree holds an object of ``flax.nnx`` that is changed in
+            place, such as a module.
 
-            local = bagua_jax.worker_local(params, "workers")
-            loss, grads = jax.value_and_grad(loss_fn)(local, batch)
+    Example:
+        Declare in ``init`` which state is each worker's own::
+
+            params = bagua_jax.worker_local(params, "workers")  # before a gossip
+
+        For gradients use ``bagua_jax.value_and_grad``, which differentiates at
+        worker-local parameters, or JAX would sum the gradients over the workers before
+        a compressor sees them. ``jax.value_and_grad`` at worker-local parameters is
+        right only while the loss holds no collective: one that ends in ``lax.pmean``
+        or ``lax.psum`` has gradients n times too small under ``shard_map``, which no
+        transform can see.
     """
+    refuse_graphs(tree, "worker_local")
     axes = [axis for axis in _axes(axis_name) if _inside_shard_map(axis)]
 
     def mark(x):
@@ -214,6 +290,28 @@ def worker_local(tree: Any, axis_name: AxisName) -> Any:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, tree) if axes else tree
+
+
+def refuse_graphs(tree: Any, caller: str) -> None:
+    """Refuse modules of ``flax.nnx``, of which mapping over a tree makes a copy.
+
+    Raises:
+        ValueError: naming the class. States and variables of ``flax.nnx`` pass.
+    """
+    nnx = sys.modules.get("flax.nnx")  # who has no flax has no modules of it
+    kinds = getattr(nnx, "Pytree", None) or getattr(nnx, "Module", None)
+    if kinds is None:
+        return
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(node, kinds):
+            raise ValueError(
+                f"{caller}: {type(node).__name__} is an object of flax.nnx that is "
+                "changed in place, and only a copy of it could be typed: what a "
+                "forward pass writes there (running means, counts of random draws) "
+                "would be lost. Take loss, grads = bagua_jax.nnx_value_and_grad("
+                "loss_fn, axis_name)(model, ...); or pass its state, "
+                "nnx.split(model, nnx.Param, ...)."
+            )
 
 
 def vary_like(tree: Any, like: Any) -> Any:
@@ -230,9 +328,7 @@ def vary_like(tree: Any, like: Any) -> Any:
     """
 
     def mark(x, y):
-        kind = y.manual_axis_type if isinstance(y, jax.ShapeDtypeStruct) else None
-        axes = frozenset(kind.varying) if kind else varying_axes(y)
-        return worker_local(x, tuple(sorted(axes)))
+        return worker_local(x, tuple(sorted(varying_axes(y))))
 
     return jax.tree.map(mark, tree, like)
 
@@ -242,6 +338,7 @@ def require_local(updates: Any, axis_name: AxisName, caller: str) -> None:
 
     Under ``shard_map`` the gradient with respect to replicated parameters is the sum
     over the axis: compressing it is meaningless and a later mean is n times too large.
+    After a ``lax.pmean`` of the user's own there is nothing left to relax.
 
     Args:
         updates: what the transform received.
@@ -254,17 +351,110 @@ def require_local(updates: Any, axis_name: AxisName, caller: str) -> None:
             ``check_vma=False`` gradients are local and nothing is refused.
     """
     for axis in _axes(axis_name):
-        checked = _inside_shard_map(axis) and axis in varying_axes(lax.axis_index(axis))
-        if not checked:
+        if not is_typed(axis):
             continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
             if axis not in varying_axes(leaf):
                 raise ValueError(
                     f"{caller}: the gradients are already summed over {axis!r} (JAX "
-                    "adds them up when params are replicated); seen at leaf "
-                    f"'{jax.tree_util.keystr(path)}'. Differentiate with respect to "
-                    f"bagua_jax.worker_local(params, {axis_name!r})."
+                    "adds them up when params are replicated), or averaged (by a "
+                    "lax.pmean or psum of your own, or a transform that stands before "
+                    f"this one); seen at leaf '{jax.tree_util.keystr(path)}'. Pass "
+                    "each worker's own gradients, which this transform averages: loss, "
+                    f"grads = bagua_jax.value_and_grad(loss_fn, {axis_name!r})(params, "
+                    "...), and no average after it."
                 )
+
+
+def true_everywhere(flags: Sequence[jax.Array], *, axis_name: AxisName) -> jax.Array:
+    """Return whether all flags are true on all workers.
+
+    Args:
+        flags: each [] bool, this worker's.
+        axis_name: the axis, or axes, of the workers.
+
+    Returns:
+        [] bool, invariant: a predicate on which every worker may branch.
+
+    Communication:
+        One all-reduce of a float32, which XLA may join with others of that dtype; none
+        where JAX knows the flags to be equal on all workers.
+
+    Raises:
+        NameError: if the axis is not mapped here.
+    """
+    axis_size(axis_name, "true_everywhere")
+    shared = [flag for flag in flags if is_invariant(flag, axis_name)]
+    own = [flag for flag in flags if not is_invariant(flag, axis_name)]
+    verdict = functools.reduce(jnp.logical_and, shared, jnp.asarray(True))
+    if not own:
+        return verdict
+    failed = 1.0 - functools.reduce(jnp.logical_and, own).astype(jnp.float32)
+    axes = tuple(a for a in _axes(axis_name) if not is_invariant(failed, a))
+    return verdict & (lax.psum(failed, axes) == 0)
+
+
+def require_own_updates(updates: Any, axis_name: AxisName, caller: str) -> None:
+    """Refuse updates of a weight-side transform that were averaged before it.
+
+    Leaves that are frozen have updates that are equal on all workers, so that only a
+    tree without a single varying leaf tells.
+
+    Args:
+        updates: what the transform received.
+        axis_name: the axis, or axes, of the workers.
+        caller: named in the error.
+
+    Raises:
+        ValueError: if all leaves are invariant over the axis where types are checked.
+    """
+    for axis in _axes(axis_name):
+        if not is_typed(axis):
+            continue
+        if not any(axis in varying_axes(leaf) for leaf in jax.tree.leaves(updates)):
+            raise ValueError(
+                f"{caller}: the updates are equal on all workers of {axis!r}: the "
+                "gradients were averaged (lax.pmean, psum or a gradient-side "
+                "transform), or summed by JAX (params are replicated). This transform "
+                "exchanges parameters after each worker's own step. Remove the "
+                "average, and take loss, grads = bagua_jax.value_and_grad(loss_fn, "
+                f"{axis_name!r})(params, ...). (Updates that are meant to be equal: "
+                f"bagua_jax.worker_local(updates, {axis_name!r}).)"
+            )
+
+
+def worker_share(
+    weight: Any, axis_name: AxisName, caller: str = "worker_share"
+) -> jax.Array:
+    r"""Weigh this worker's mean, so that means over workers are means over samples.
+
+    .. math:: c_i = \frac{n w_i}{\sum_k w_k},\qquad c_i = 0 \text{ if all } w_k = 0
+
+    Args:
+        weight: w_i, this worker's number of samples or tokens; a scalar, at least 0.
+        axis_name: the axis, or axes, of the workers.
+        caller: named in the errors.
+
+    Returns:
+        [] float32 (float64 if JAX has it enabled), varying; NaN if a weight is.
+
+    Communication:
+        One all-reduce of a number.
+
+    Raises:
+        NameError: if the axis is not mapped here.
+        ValueError: if the weight is no scalar.
+    """
+    n = axis_size(axis_name, caller)
+    weight = jnp.asarray(weight).astype(jnp.result_type(float))
+    if weight.ndim:
+        raise ValueError(
+            f"{caller}: weight must be a scalar, this worker's number of samples or "
+            f"tokens; got shape {weight.shape}. Return its sum."
+        )
+    weight = worker_local(weight, axis_name)
+    total = lax.psum(weight, _axes(axis_name))
+    return jnp.where(total == 0, 0, n * weight / jnp.where(total == 0, 1, total))
 
 
 def worker_key(key: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -395,11 +585,13 @@ def _unpack(message: jax.Array, like: Payload) -> Payload:
 def _narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Cast to the vector's own dtype; a decoded level may lie above its largest value.
 
-    What is not finite stays so.
+    What rounding explains becomes that value. What is further beyond is an overflow,
+    and becomes infinite; what is not finite stays so.
     """
-    limit = float(jnp.finfo(dtype).max)
-    if limit < float(jnp.finfo(x.dtype).max):
-        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
+    limit, widest = float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max)
+    if limit < widest:
+        overflows = jnp.abs(x) > min(limit * _ROUNDED, widest)
+        x = jnp.where(overflows, x, jnp.clip(x, -limit, limit))
     return x.astype(dtype)
 
 
@@ -440,7 +632,7 @@ def _require_stateless(compressor: Compressor, like: Any, caller: str) -> None:
 
 
 def gather_payloads(payload: Payload, *, axis_name: AxisName) -> Payload:
-    """Give everybody the payloads of all, for means that are not over all workers.
+    """Gather the payloads of all workers, for means that are not over all of them.
 
     Args:
         payload: a pytree of arrays in their wire dtypes, this worker's.
@@ -687,7 +879,7 @@ def _scatter_reduce(x, compressor, errors, axis_name, key):
 
 
 def _gather_parts(payload: Payload, one: Payload, axis_name: AxisName) -> Payload:
-    """Give everybody the payload [1, ...] of every part; one has a row's shapes."""
+    """Gather the payload [1, ...] of every part; one has a row's shapes."""
     gathered = _pack(payload)
     for each in _axes(axis_name):  # inside the node, too, codes and not numbers
         gathered = _all_gather_invariant(gathered, each, tiled=True)
@@ -982,7 +1174,7 @@ def scatter_rows(rows: jax.Array, *, axis_name: str) -> jax.Array:
 
 
 def gather_rows(row: jax.Array, *, axis_name: str) -> jax.Array:
-    """Give everybody the rows of all: the way back from :func:`scatter_rows`.
+    """Gather the rows of all workers: the way back from :func:`scatter_rows`.
 
     Args:
         row: [...] this worker's.
@@ -1033,11 +1225,11 @@ def _permute(x: jax.Array, axis: str, pairs: tuple[tuple[int, int], ...]) -> jax
     if len(pairs) == n or _inside_shard_map(axis):
         return lax.ppermute(x, axis, list(pairs))
     # vmap takes whole permutations only: complete it, and drop what nobody sent.
-    sources, destinations = zip(*pairs, strict=True)
+    sources, destinations = map(set, zip(*pairs, strict=True))
     idle = [i for i in range(n) if i not in sources]
     deaf = [i for i in range(n) if i not in destinations]
     received = lax.ppermute(x, axis, [*pairs, *zip(idle, deaf, strict=True)])
-    heard = jnp.asarray(np.isin(range(n), destinations))[lax.axis_index(axis)]
+    heard = jnp.asarray(np.isin(range(n), [*destinations]))[lax.axis_index(axis)]
     return jnp.where(heard, received, jnp.zeros_like(received))
 
 
@@ -1122,7 +1314,7 @@ def d_fp_s(
     axis = peer_axis(axis_name)
 
     def mix_with(v, mixing: MixingStep):
-        if _is_mean(topology.n, mixing):
+        if mixing.is_mean:
             mixed = _mean(v, axis).astype(_accumulator(v))
         else:
             received = neighbours(v, mixing, axis_name=axis)
@@ -1131,15 +1323,6 @@ def d_fp_s(
 
     mixed = _at_step(topology, step, mix_with, shard.value)
     return worker_local(shard.gather(mixed.astype(x.dtype)), axis_name)
-
-
-def _is_mean(n: int, mixing: MixingStep) -> bool:
-    """Whether a step is the exact mean over all n workers."""
-    weights = [mixing.self_weights, *(send.weights for send in mixing.sends)]
-    reached = {pair for send in mixing.sends for pair in send.pairs}
-    return n == 1 or (
-        len(reached) == n * (n - 1) and all(w == 1 / n for ws in weights for w in ws)
-    )
 
 
 def d_lp_s(

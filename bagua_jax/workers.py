@@ -1,21 +1,27 @@
 """Where workers live: simulated under vmap, or on devices under shard_map."""
 
+import contextlib
+import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bagua_jax import processes
+from bagua_jax import flow, loops, processes
 from bagua_jax.primitives import AxisName, on_nodes, varying_axes, worker_local
 
 __all__ = ["Workers", "make_mesh"]
 
 _SAME = P()  # equal on all workers
+_UNSAID: Any = object()
+_BATCH = "batch"
 
 
 def make_mesh(
@@ -61,7 +67,7 @@ class Workers:
     (``P("workers")``), and a leaf that is equal on all is held once (``P()``). Which is
     which is read off JAX's types.
 
-    Make one with :meth:`simulate`, :meth:`devices` or :meth:`abstract`.
+    Make one with :meth:`simulate`, :meth:`devices`, :meth:`on` or :meth:`abstract`.
 
     Attributes:
         shape: workers along each axis; ``(n,)``, or ``(nodes, devices per node)``.
@@ -69,6 +75,8 @@ class Workers:
         mesh: the devices; abstract where there are none, ``None`` in simulation. May
             have further axes, which are left to GSPMD: then each worker is a group of
             devices.
+        home: of :meth:`on`: the user's mesh, whose devices ``mesh`` has. Arrays come
+            from it and go back to it.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -84,6 +92,7 @@ class Workers:
     shape: tuple[int, ...]
     axis_name: AxisName
     mesh: Mesh | AbstractMesh | None = None
+    home: Mesh | None = None
 
     @classmethod
     def simulate(
@@ -139,10 +148,39 @@ class Workers:
         return cls(shape, axis_name, mesh)
 
     @classmethod
+    def on(cls, mesh: Mesh, axis_name: AxisName) -> "Workers":
+        """Put the workers along an axis of the user's own mesh.
+
+        Args:
+            mesh: with axes in any order, ``Auto`` or ``Explicit``.
+            axis_name: the axis of the workers, or two for a hierarchy. Further axes are
+                left to GSPMD: a worker is a group of devices, over which its arrays are
+                sharded as they come.
+
+        Raises:
+            ValueError: if an axis is not in the mesh, or processes are joined on CPUs
+                with JAX's compilation cache on.
+        """
+        processes.require_own_programs("Workers.on")
+        is_pair = isinstance(axis_name, tuple | list)
+        names = tuple(axis_name) if is_pair else (axis_name,)
+        sizes = dict(mesh.shape) if isinstance(mesh, Mesh) else {}
+        if not names or not all(name in sizes for name in names):
+            raise ValueError(
+                "Workers.on: axis_name must be one of the axes of a jax.sharding.Mesh, "
+                f"or two of them; got axis_name={axis_name!r} and a mesh with the axes "
+                f"{tuple(sizes)}."
+            )
+        shape, axis_name = _shape_and_axis(
+            "Workers.on", tuple(sizes[name] for name in names), axis_name
+        )
+        return cls(shape, axis_name, _auto(mesh), mesh)
+
+    @classmethod
     def abstract(
         cls, n: int | tuple[int, int], axis_name: AxisName | None = None
     ) -> "Workers":
-        """Name workers that are nowhere: their programs can be lowered, not run.
+        """Name workers on an abstract mesh: programs can be compiled ahead of time.
 
         Args:
             n: number of workers, or (nodes, devices per node).
@@ -171,12 +209,19 @@ class Workers:
         return P(self.axis_name)
 
     @property
+    def batch(self) -> str:
+        """The spec of a global batch [B, ...]: worker k has run k of n equal ones."""
+        return _BATCH
+
+    @property
     def own(self) -> np.ndarray:
         """Numbers of this process's workers: all of them where there is one process."""
         if not isinstance(self.mesh, Mesh):
             return np.arange(self.num_workers)
         here = jax.process_index()
-        return np.flatnonzero([d.process_index == here for d in self.mesh.devices.flat])
+        return np.flatnonzero(
+            [any(d.process_index == here for d in group) for group in self._groups()]
+        )
 
     def stack(self, tree: Any) -> Any:
         """Make worker-stacked arrays of what every process has for its own workers.
@@ -233,14 +278,15 @@ class Workers:
         flat_specs = self._flat_specs(args, in_specs, "Workers.specs")
         return self._trace(fn, args, flat_specs)
 
-    def spmd(self, fn: Callable[..., Any], in_specs: Any = _SAME, **jit: Any) -> Any:
+    def spmd(self, fn: Callable[..., Any], in_specs: Any = _UNSAID, **jit: Any) -> Any:
         """Compile a per-worker function for all workers.
 
         Args:
             fn: per-worker function of positional arguments.
             in_specs: one spec for all arguments, or a tuple with a spec or a tree of
                 specs (a prefix) for each; ``P()`` for what is equal on all workers,
-                :attr:`spec` for what has a leading worker axis.
+                :attr:`spec` for what has a leading worker axis, :attr:`batch` for a
+                global batch. ``P()`` where they are not given.
             **jit: options of ``jax.jit``, such as ``donate_argnums``.
 
         Returns:
@@ -250,29 +296,94 @@ class Workers:
 
         Raises:
             ValueError: when called, if a leaf that the specs call worker-stacked has no
-                leading axis of length ``num_workers``.
+                leading axis of length ``num_workers``; if a leaf that went in as
+                ``P()`` and came out stacked is passed in again as ``P()``; if no
+                ``in_specs`` are given and a stack of n is averaged, or sent, as if it
+                were equal on all workers.
         """
+        grown: dict[Any, Any] = {}
+        given = _SAME if in_specs is _UNSAID else in_specs
 
         def program(*args):
-            flat_specs = self._flat_specs(args, in_specs, "Workers.spmd")
-            out_specs = self._trace(fn, args, flat_specs)
-            run = self._vmapped if self.mesh is None else self._sharded
-            return run(fn, args, flat_specs, out_specs)
+            flat_specs = self._flat_specs(args, given, "Workers.spmd")
+            loops.refuse_growth(args, flat_specs, grown)
+            if in_specs is _UNSAID:
+                self._refuse_forgotten(fn, args, flat_specs)
+            out_specs, types = self._traced(fn, args, flat_specs)
+            loops.remember_growth(
+                args, flat_specs, out_specs, types, self.spec, self.num_workers, grown
+            )
+            return self._run(fn, args, flat_specs, out_specs)
 
         program.__name__ = getattr(fn, "__name__", "program")
         program.__doc__ = fn.__doc__
-        compiled = jax.jit(program, **jit)
-        on = self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else ""
-        if on != "cpu":
-            return compiled
+        return self._jit(program, **jit)
 
-        def blocking(*args):
-            return jax.block_until_ready(compiled(*args))
+    def loop(
+        self,
+        init: Callable[..., Any],
+        step: Callable[..., Any],
+        init_args: tuple = (),
+        inputs: tuple = (),
+        *,
+        in_specs: Any = None,
+        flat: bool | None = None,
+        donate: bool = True,
+    ) -> loops.Loop:
+        """Compile a training loop, and find which of its state is each worker's own.
 
-        blocking.lower = compiled.lower  # type: ignore[attr-defined]
-        blocking.__name__ = program.__name__
-        blocking.__doc__ = fn.__doc__
-        return blocking
+        The specs of the state start from the types that ``init`` gives. The step is
+        traced with them, what comes back as each worker's own is stacked, and so on
+        until nothing changes: batch statistics, or the moments of an optimizer in front
+        of an exchange, have a row for each worker from the start.
+
+        Args:
+            init: per-worker function that makes the state.
+            step: per-worker function ``(state, *inputs)``; returns the new state, or a
+                tuple with the state first.
+            init_args: what ``init`` is called with, equal on all workers; arrays or
+                ``jax.ShapeDtypeStruct``.
+            inputs: examples of the step's other arguments, likewise.
+            in_specs: one spec for all inputs, or a tuple with a spec or a tree of specs
+                (a prefix) for each: ``P()``, :attr:`spec` or :attr:`batch`. ``None``:
+                :attr:`spec`; with ``flat``, :attr:`batch` for what has an axis.
+            flat: whether what crosses the boundary beside the state is as in the
+                one-device program: batches [B, ...] come in, and of the outputs a
+                worker's floating number is averaged over the workers (one all-reduce)
+                and its arrays are joined along their first axis. Otherwise both have
+                an axis of workers. ``None``: on the user's mesh only (:meth:`on`).
+            donate: whether a step may write over the state that it is given.
+
+        Returns:
+            The loop: ``init``, ``step``, ``specs``, ``promoted``, ``average``,
+            ``stack``; see :class:`bagua_jax.loops.Loop`.
+
+        Raises:
+            ValueError: if ``step`` returns no such state, or changes the dtype or shape
+                of a leaf; what :meth:`spmd` refuses.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> workers = Workers.simulate(2)
+            >>> step = lambda mean, x: 0.5 * mean + 0.5 * x  # of each worker's own x
+            >>> loop = workers.loop(lambda: jnp.zeros(()), step, inputs=(jnp.ones(2),))
+            >>> loop.specs == workers.spec, loop.init().shape
+            (True, (2,))
+            >>> state = loop.step(loop.init(), jnp.array([2.0, 4.0]))
+            >>> state.tolist(), float(loop.average(state))
+            ([1.0, 2.0], 1.5)
+        """
+        return loops.make(
+            self,
+            init,
+            step,
+            init_args,
+            inputs,
+            in_specs,
+            self.home is not None if flat is None else flat,
+            donate,
+            "Workers.loop",
+        )
 
     def placed(self, args: tuple, in_specs: Any = _SAME) -> tuple:
         """Describe a program's arguments with their shardings, to lower it ahead.
@@ -298,7 +409,7 @@ class Workers:
             jax.ShapeDtypeStruct(
                 np.shape(leaf),
                 jax.numpy.result_type(leaf),
-                sharding=NamedSharding(self.mesh, spec),
+                sharding=NamedSharding(self.mesh, self._placed(spec)),
             )
             for leaf, spec in zip(leaves, specs, strict=True)
         ]
@@ -308,28 +419,32 @@ class Workers:
 
     def _flat_specs(self, args: tuple, in_specs: Any, caller: str) -> list[P]:
         """Broadcast the specs over the leaves, and check the leaves against them."""
-        if isinstance(in_specs, P):
+        if _is_spec(in_specs):
             in_specs = (in_specs,) * len(args)
         try:
-            full = jax.tree.broadcast(
-                tuple(in_specs), tuple(args), is_leaf=lambda s: isinstance(s, P)
-            )
+            full = jax.tree.broadcast(tuple(in_specs), tuple(args), is_leaf=_is_spec)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{caller}: in_specs must be one spec, or a tuple with a spec or tree "
                 f"of specs (a prefix) for each of the {len(args)} arguments; got "
                 f"{in_specs!r}: {error}"
             ) from None
-        flat = jax.tree.leaves(full, is_leaf=lambda s: isinstance(s, P))
+        flat = jax.tree.leaves(full, is_leaf=_is_spec)
         paths = jax.tree_util.tree_leaves_with_path(args)
         for (path, leaf), spec in zip(paths, flat, strict=True):
             name = jax.tree_util.keystr(path)
-            if spec not in (P(), self.spec):
+            if spec not in (P(), self.spec, _BATCH):
                 raise ValueError(
-                    f"{caller}: specs are P() or {self.spec}, got {spec} for argument "
-                    f"{name}. Shard inside the function for anything else."
+                    f"{caller}: in_specs are P() or {self.spec} (workers.spec), or "
+                    f"'batch' (workers.batch), got {spec} for argument {name}. Shard "
+                    "inside the function for anything else."
                 )
             shape = np.shape(leaf)
+            if spec == _BATCH and (not shape or shape[0] % self.num_workers):
+                raise ValueError(
+                    f"{caller}: argument {name} is a batch, whose leading axis the "
+                    f"{self.num_workers} workers must divide; got shape {shape}."
+                )
             if spec == self.spec and shape[:1] != (self.num_workers,):
                 raise ValueError(
                     f"{caller}: argument {name} is {self.spec}, so its leading axis "
@@ -350,69 +465,130 @@ class Workers:
 
         return body
 
-    def _trace(self, fn, args, flat_specs):
-        found: dict[str, Any] = {}
+    def _placed(self, spec: P | str) -> P:
+        return self.spec if spec == _BATCH else spec  # type: ignore[return-value]
 
-        def finish(out):
-            found["specs"] = jax.tree.map(
-                lambda x: self.spec if varying_axes(x) & set(self.axes) else P(), out
-            )
-            return jax.tree.map(lambda x: worker_local(x, self.axis_name)[None], out)
+    def _abstract(self) -> AbstractMesh:
+        """The mesh on which types are read."""
+        if self.mesh is None:
+            return _abstract_mesh(self.shape, self.axes)
+        ours = self.mesh
+        return ours.abstract_mesh if isinstance(ours, Mesh) else ours
 
-        shape = dict(zip(self.axes, self.shape, strict=True))
-        shape |= self.mesh.shape if self.mesh is not None else {}
-        mesh = _abstract_mesh(tuple(shape.values()), tuple(shape))
-        body = self._body(fn, args, flat_specs, lambda out: finish(_arrays(out)))
-        mapped = jax.shard_map(
-            body,
-            mesh=mesh,
-            in_specs=tuple(flat_specs),
+    def _groups(self) -> np.ndarray:
+        """Each worker's devices, [n, devices of a worker], on a mesh of any order."""
+        assert isinstance(self.mesh, Mesh)
+        at = [self.mesh.axis_names.index(axis) for axis in self.axes]
+        grid = np.moveaxis(self.mesh.devices, at, range(len(at)))
+        return grid.reshape(self.num_workers, -1)
+
+    def _typed(self, fn, args, flat_specs, finish) -> Callable[..., Any]:
+        return jax.shard_map(
+            self._body(fn, args, flat_specs, finish),
+            mesh=self._abstract(),
+            in_specs=tuple(map(self._placed, flat_specs)),
             out_specs=self.spec,
             axis_names=set(self.axes),
         )
-        jax.eval_shape(mapped, *map(_abstract, jax.tree.leaves(args)))
-        return found["specs"]
 
-    def _sharded(self, fn, args, flat_specs, out_specs):
+    def _traced(self, fn, args, flat_specs) -> tuple[Any, Any]:
+        """Read the spec, and the type on a worker, of each output."""
+        found: dict[str, Any] = {}
+
         def finish(out):
-            return jax.tree.map(
-                lambda x, spec: (
-                    worker_local(x, self.axis_name)[None] if spec == self.spec else x
-                ),
-                _arrays(out),
-                out_specs,
+            out = _arrays(out)
+            found["specs"] = jax.tree.map(
+                lambda x: self.spec if varying_axes(x) & set(self.axes) else P(), out
+            )
+            found["types"] = jax.tree.map(loops.shape_of, out)
+            return jax.tree.map(lambda x: worker_local(x, self.axis_name)[None], out)
+
+        mapped = self._typed(fn, args, flat_specs, finish)
+        with _meshed(self._abstract()):
+            jax.eval_shape(mapped, *map(loops.shape_of, jax.tree.leaves(args)))
+        return found["specs"], found["types"]
+
+    def _trace(self, fn, args, flat_specs):
+        return self._traced(fn, args, flat_specs)[0]
+
+    def _refuse_forgotten(self, fn, args, flat_specs) -> None:
+        """Refuse to communicate a stack that is passed as equal on all workers."""
+        leaves = jax.tree.leaves(args)
+        suspects = [np.shape(x)[:1] == (self.num_workers,) for x in leaves]
+        if self.num_workers == 1 or not any(suspects):
+            return
+        finish = lambda out: jax.tree.map(  # noqa: E731
+            lambda x: worker_local(x, self.axis_name)[None], _arrays(out)
+        )
+        mapped = self._typed(fn, args, flat_specs, finish)
+        with _meshed(self._abstract()):
+            jaxpr = jax.make_jaxpr(mapped)(*map(loops.shape_of, leaves)).jaxpr
+        name = flow.pointless_collective(jaxpr, suspects, self.axes)
+        if name is not None:
+            paths = jax.tree_util.tree_leaves_with_path(args)
+            (path, leaf), *_ = itertools.compress(paths, suspects)
+            raise ValueError(
+                "Workers.spmd: no in_specs are given, so every argument is taken as "
+                f"equal on all workers; argument {jax.tree_util.keystr(path)} of shape "
+                f"{np.shape(leaf)} looks like a stack of the {self.num_workers} "
+                f"workers', and {name} would combine it with itself. Pass "
+                "in_specs=workers.spec for stacks (or in_specs=P() if it is equal)."
             )
 
-        body = self._body(fn, args, flat_specs, finish)
+    def _run(self, fn, args, flat_specs, out_specs):
+        run = self._vmapped if self.mesh is None else self._sharded
+        return run(fn, args, flat_specs, out_specs)
+
+    def _sharded(self, fn, args, flat_specs, out_specs):
+        def leave(x, spec):
+            if spec == P():
+                return x
+            x = worker_local(x, self.axis_name)
+            return x if spec == _BATCH else x[None]
+
+        def finish(out):
+            return jax.tree.map(leave, _arrays(out), out_specs)
+
         mapped = jax.shard_map(
-            body,
+            self._body(fn, args, flat_specs, finish),
             mesh=self.mesh,
-            in_specs=tuple(flat_specs),
-            out_specs=out_specs,
+            in_specs=tuple(map(self._placed, flat_specs)),
+            out_specs=jax.tree.map(self._placed, out_specs, is_leaf=_is_spec),
             axis_names=set(self.axes),
         )
-        if not isinstance(self.mesh, Mesh):
-            return mapped(*jax.tree.leaves(args))
-        firsts = self.mesh.devices.reshape(self.num_workers, -1)[:, 0]
-        with on_nodes([device.process_index for device in firsts]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_meshed(self._abstract()))
+            if isinstance(self.mesh, Mesh):
+                firsts = self._groups()[:, 0]
+                stack.enter_context(on_nodes([d.process_index for d in firsts]))
             return mapped(*jax.tree.leaves(args))
 
     def _vmapped(self, fn, args, flat_specs, out_specs):
         """Nest one vmap per axis, the first axis outermost."""
         structure = jax.tree.structure(args)
-        is_stacked = [spec == self.spec for spec in flat_specs]
+        is_stacked = [spec != P() for spec in flat_specs]
 
-        def split(leaf, stacked):
-            return leaf.reshape(self.shape + leaf.shape[1:]) if stacked else leaf
+        def split(leaf, spec):
+            if spec == P():
+                return leaf
+            if spec == self.spec:
+                return leaf.reshape(self.shape + leaf.shape[1:])
+            rows = leaf.shape[0] // self.num_workers
+            return leaf.reshape(self.shape + (rows,) + leaf.shape[1:])
+
+        def join(x, spec):
+            if spec == P():
+                return x
+            rows = (self.num_workers,) if spec == self.spec else (-1,)
+            kept = depth if spec == self.spec else depth + 1
+            return x.reshape(rows + x.shape[kept:])
 
         def call(*leaves):
             return _arrays(fn(*jax.tree.unflatten(structure, leaves)))
 
         in_axes = tuple(0 if stacked else None for stacked in is_stacked)
         out_axes = jax.tree.map(
-            lambda spec: 0 if spec == self.spec else None,
-            out_specs,
-            is_leaf=lambda s: isinstance(s, P),
+            lambda spec: None if spec == P() else 0, out_specs, is_leaf=_is_spec
         )
         mapped = call
         for axis, size in zip(reversed(self.axes), reversed(self.shape), strict=True):
@@ -423,17 +599,122 @@ class Workers:
                 axis_name=axis,
                 axis_size=size,
             )
-        leaves = map(split, map(jax.numpy.asarray, jax.tree.leaves(args)), is_stacked)
+        leaves = map(split, map(jax.numpy.asarray, jax.tree.leaves(args)), flat_specs)
         depth = len(self.shape)
-        return jax.tree.map(
-            lambda x, spec: (
-                x.reshape((self.num_workers,) + x.shape[depth:])
-                if spec == self.spec
-                else x
-            ),
-            mapped(*leaves),
-            out_specs,
-        )
+        return jax.tree.map(join, mapped(*leaves), out_specs)
+
+    def _jit(self, program, **options) -> Any:
+        """Compile, and call in a context whose mesh is that of the workers.
+
+        A mesh of the user's (``jax.set_mesh``, or arrays that were made under one) with
+        explicit axes, or of another size, would reach into the program. The first trace
+        that meets one ends there; from then on arrays are moved to automatic axes,
+        where they lie, before the call. Other programs pay nothing.
+        """
+        state = {"moves": self.home is not None and self.home != self.mesh}
+
+        def guarded(*args):
+            if not state["moves"] and self._meets_foreign(args):
+                raise _Foreign
+            return program(*args)
+
+        guarded.__name__ = program.__name__
+        guarded.__doc__ = program.__doc__
+        compiled = jax.jit(guarded, **options)
+        ours, home = self.mesh, self.home
+        if isinstance(ours, AbstractMesh):
+            return compiled
+        is_cpu = ours is not None and ours.devices.flat[0].platform == "cpu"
+
+        def moved(do, args):
+            if not state["moves"]:
+                try:
+                    return do(*args)
+                except _Foreign:
+                    if _is_traced(args):
+                        raise ValueError(_FOREIGN_TRACE) from None
+                    state["moves"] = True
+            elif _is_traced(args):
+                return do(*args)
+            mesh = ours if isinstance(ours, Mesh) else _auto(_mesh_of(args))
+            with jax.set_mesh(mesh):
+                out = do(*jax.tree.map(lambda x: _to(mesh, x), args))
+            if home is not None and do is compiled:
+                out = jax.tree.map(functools.partial(_to, home), out)
+            return out
+
+        def call(*args):
+            out = moved(compiled, args)
+            return jax.block_until_ready(out) if is_cpu else out
+
+        call.lower = lambda *args: moved(compiled.lower, args)  # type: ignore[attr-defined]
+        call._cache_size = compiled._cache_size  # type: ignore[attr-defined]
+        call.__name__, call.__doc__ = program.__name__, program.__doc__
+        return call
+
+    def _meets_foreign(self, args) -> bool:
+        """Whether a mesh that is not ours is in the types, or context, of a trace."""
+        types = [
+            getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(args)
+        ]
+        meshes = [t.mesh for t in types if t is not None and not t.mesh.empty]
+        if any(AxisType.Explicit in (mesh.axis_types or ()) for mesh in meshes):
+            return True
+        around = jax.sharding.get_abstract_mesh()
+        sizes = {mesh.size for mesh in (*meshes, around) if not mesh.empty}
+        return self.mesh is not None and not sizes <= {self.mesh.size}
+
+
+class _Foreign(Exception):
+    """Another mesh was met while tracing; see ``Workers._jit``."""
+
+
+_FOREIGN_TRACE = (
+    "Workers: a program was called inside jax.jit with arrays of a mesh with explicit "
+    "axes, or of other devices, which cannot be moved there. Call it outside jit, or "
+    "make the mesh with axis_types=(AxisType.Auto,) * k and use Workers.on(mesh, axis)."
+)
+
+
+@contextlib.contextmanager
+def _meshed(mesh: AbstractMesh) -> Iterator[None]:
+    """Trace on a mesh, whatever mesh, of whatever size, ``jax.set_mesh`` has named."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield
+
+
+def _is_traced(args: tuple) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(args))
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    """The same devices under the same names, with axes that are left to XLA."""
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def _mesh_of(args: tuple) -> Mesh:
+    """The mesh in context, or that of the first array that has one."""
+    mesh = jax.sharding.get_mesh()
+    if isinstance(mesh, Mesh) and not mesh.empty:
+        return mesh
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(args)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    found = [mesh for mesh in meshes if isinstance(mesh, Mesh)]
+    explicit = [mesh for mesh in found if AxisType.Explicit in mesh.axis_types]
+    return (explicit or found)[0]
+
+
+def _to(mesh: Mesh, x: Any) -> Any:
+    """Name an array's placement in the terms of another mesh of the same devices."""
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(x, jax.Array) or not isinstance(sharding, NamedSharding):
+        return x
+    if sharding.mesh == mesh:
+        return x
+    same = sharding.mesh.axis_names == mesh.axis_names
+    return jax.device_put(x, NamedSharding(mesh, sharding.spec if same else P()))
 
 
 def _abstract_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> AbstractMesh:
@@ -462,10 +743,10 @@ def _shape_and_axis(caller, n, axis_name) -> tuple[tuple[int, ...], AxisName]:
     )
 
 
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P | str)
+
+
 def _arrays(tree: Any) -> Any:
     """Make arrays of the Python numbers that a function may return."""
     return jax.tree.map(jax.numpy.asarray, tree)
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x))

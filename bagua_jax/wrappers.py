@@ -1,4 +1,4 @@
-"""Wrappers of any optax transform: typed as varying, or fed once every k batches."""
+"""Wrappers of any optax transform: types of its values, or one step in k batches."""
 
 from typing import Any, NamedTuple
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import checks, primitives, schedules
+from bagua_jax import checks, precision, primitives, schedules
 from bagua_jax.primitives import AxisName
 
-__all__ = ["AccumulateState", "accumulate", "varying"]
+__all__ = ["AccumulateState", "accumulate", "local", "varying"]
 
 
 def varying(
@@ -17,13 +17,15 @@ def varying(
 ) -> optax.GradientTransformationExtraArgs:
     """Make any transform return values typed as varying between workers.
 
-    Wrappers with ``lax.cond`` inside (``optax.MultiSteps``, ``apply_if_finite``,
-    ``conditionally_transform``) need branches of equal types: one branch returns the
-    local update, the other our invariant one. This makes both varying. Values do not
-    change and nothing is communicated.
+    Wrappers with ``lax.cond`` inside (``conditionally_transform``, ``MultiSteps`` of
+    optax) need branches of equal types: one branch returns the local update, the other
+    our invariant one. This makes both varying. Values do not change and nothing is
+    communicated.
 
     It does not make a per-worker predicate safe: workers that branch differently
-    around a collective wait for one another for ever.
+    around a collective wait for one another for ever. The guard for values that are not
+    finite is :func:`bagua_jax.skip_not_finite`, and :func:`accumulate` is the wrapper
+    for micro-batches.
 
     Args:
         tx: any transform.
@@ -47,11 +49,76 @@ def varying(
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
+def local(
+    tx: optax.GradientTransformation, axis_name: AxisName
+) -> optax.GradientTransformationExtraArgs:
+    r"""Run a transform of optax on each worker's own gradient, before an exchange.
+
+    .. math:: (u_i, s_i) \leftarrow \mathrm{tx}(g_i, s_i)
+
+    For transforms with a state, such as a momentum (``optax.trace``), ``scale_by_lion``
+    or ``optax.ema``, in front of one of ours. Their state starts equal and becomes each
+    worker's own on the first step, which ``lax.scan``, ``lax.cond`` and a
+    ``shard_map``'s ``out_specs`` refuse under JAX's types; here it is worker-local from
+    ``init`` on. ``Workers.loop`` finds that by itself, and needs no ``local``.
+
+    Args:
+        tx: any transform without collectives. What draws random numbers draws the same
+            on all workers.
+        axis_name: the axis, or axes, of the workers.
+
+    Returns:
+        The transform; its state is that of ``tx``, all of it worker-local, counters
+        and keys included. Updates are worker-local.
+
+    Communication:
+        None.
+
+    Raises:
+        ValueError: in ``update``, if the gradients are known to be equal on all
+            workers: summed by JAX, averaged, or behind an exchange, where a transform
+            keeps one state for all and needs no wrapper.
+        NameError: in ``update``, if the axis is not mapped.
+
+    Example:
+        >>> from bagua_jax.algorithms import gradient_allreduce
+        >>> momentum = local(optax.trace(0.5), "workers")
+        >>> tx = optax.chain(momentum, gradient_allreduce(axis_name="workers"))
+        >>> def two_steps(g):
+        ...     _, state = tx.update(g, tx.init(g))
+        ...     return tx.update(g, state)[0]
+        >>> two_steps = jax.vmap(two_steps, axis_name="workers")
+        >>> two_steps(jnp.array([1.0, 3.0])).tolist()  # 2 and 1/2 of 2
+        [3.0, 3.0]
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params):
+        own = primitives.worker_local(params, axis_name)
+        return primitives.worker_local(tx.init(own), axis_name)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        primitives.axis_size(axis_name, "local")
+        for axis in (axis_name,) if isinstance(axis_name, str) else axis_name:
+            if any(primitives.is_invariant(g, axis) for g in jax.tree.leaves(updates)):
+                raise ValueError(
+                    f"local: the gradients are equal on all workers of {axis!r}: "
+                    "averaged by an exchange or a lax.pmean before it, or summed by "
+                    "JAX. Put local(tx, axis_name) in front of the exchange, and what "
+                    "stands behind it without local; each worker's own gradients are "
+                    f"bagua_jax.value_and_grad(loss_fn, {axis_name!r})(params, ...)."
+                )
+        own = primitives.worker_local((updates, state, params), axis_name)
+        return primitives.worker_local(tx.update(*own, **extra_args), axis_name)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 class AccumulateState(NamedTuple):
     """State of :func:`accumulate`."""
 
     micro_step: jax.Array  # [] int32, micro-batches seen since the last step
-    accumulated: optax.Updates  # like params, float32; their mean so far, worker-local
+    accumulated: optax.Updates  # like params, float32; their mean, worker-local
     inner_state: Any
 
 
@@ -98,7 +165,7 @@ def accumulate(
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
+        zeros = precision.zeros(params)
         return AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
             accumulated=primitives.worker_local(zeros, _mapped_axes()),
@@ -113,7 +180,9 @@ def accumulate(
         )
         seen = state.micro_step + 1
         mean = jax.tree.map(
-            lambda a, g: a + (g.astype(a.dtype) - a) / seen, state.accumulated, updates
+            lambda a, g: a + (g.astype(a.dtype) - a) / seen.astype(a.dtype),
+            state.accumulated,
+            updates,
         )
 
         def step():

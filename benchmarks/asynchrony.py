@@ -93,6 +93,16 @@ def model_of(params):
     return params["model"] if "ballast" in params else params
 
 
+def recorder_of(arguments, config, params):
+    """Record what a worker does."""
+    from bagua_jax.experiments import asynchronous as runs
+    from bagua_jax.experiments import folders
+
+    every, run = config.eval_every, folders.name_of(config)
+    like = model_of(params)
+    return runs.Recorder(arguments.folder, arguments.work, every, like, run)
+
+
 def configure(arguments, mode: str):
     """Write the config of a mode, as `bagua-jax run` would read it."""
     from bagua_jax.experiments import catalog
@@ -111,7 +121,7 @@ def configure(arguments, mode: str):
         task=arguments.task,
         algorithms=(AlgorithmConfig(name, arguments=algorithm),),
         workers=N,
-        steps=arguments.steps or arguments.sync_steps,
+        steps=arguments.sync_steps if mode == "synchronous" else 10**6,
         batch_size=16,
         seed=arguments.seed,
         eval_every=arguments.record_every,
@@ -174,9 +184,7 @@ def train_alone(arguments, config, task, data, worker: int, pace: float) -> None
     shards = Shards.deal(data, N, config.sharding, config.batch_size, config.seed)
     train = runs.Trainer(config, task, shards, worker)
     replica = asynchrony.Replica(train.params)
-    recorder = runs.Recorder(
-        arguments.folder, worker, config.eval_every, model_of(train.params)
-    )
+    recorder = recorder_of(arguments, config, train.params)
     meet(arguments, worker)
     recorder.start(0)
     until = time.monotonic() + arguments.seconds
@@ -231,9 +239,7 @@ def train_together(arguments, config, task, data, worker: int, pace: float) -> N
         params, _ = jax.block_until_ready(alone(params))
         computing.append(time.monotonic() - begun)
     rest = max(0.0, pace - statistics.median(computing))
-    recorder = runs.Recorder(
-        arguments.folder, worker, config.eval_every, model_of(params)
-    )
+    recorder = recorder_of(arguments, config, params)
     meet(arguments, worker)
     recorder.start(0)
     begun = time.monotonic()
@@ -262,7 +268,7 @@ class Here:
 
     @staticmethod
     def address(worker: int) -> str:
-        """Give the address of a worker."""
+        """Return the address of a worker."""
         return "127.0.0.1"
 
     @staticmethod
@@ -278,12 +284,11 @@ class Here:
 
 def run(arguments, network, mode: str, folder: Path, kill: bool = False) -> None:
     """Run one mode to its end."""
-    steps = arguments.sync_steps if mode == "synchronous" else 10**6
     addresses = [f"{network.address(w)}:{arguments.port + w}" for w in range(N)]
     arguments.port += N  # a port of the mode before may not be free yet
     words = [sys.executable, "-m", "benchmarks.asynchrony", "--mode", mode]
     words += ["--folder", str(folder), "--addresses", *addresses]
-    words += ["--steps", str(steps), "--pace", str(arguments.pace)]
+    words += ["--sync-steps", str(arguments.sync_steps), "--pace", str(arguments.pace)]
     words += ["--task", arguments.task, "--seed", str(arguments.seed)]
     words += ["--ballast", str(arguments.ballast), "--seconds", str(arguments.seconds)]
     words += ["--record-every", str(arguments.record_every)]
@@ -330,9 +335,9 @@ def run(arguments, network, mode: str, folder: Path, kill: bool = False) -> None
 
 def records(folder: Path, worker: int) -> list[dict]:
     """Read what a worker wrote down."""
-    from bagua_jax.experiments import folders
+    from bagua_jax.experiments import integrity
 
-    return folders.read_lines(folder / f"steps-{worker}.jsonl")
+    return integrity.peek(folder / f"steps-{worker}.jsonl")
 
 
 def seconds_since_start(folder: Path) -> float:
@@ -387,7 +392,7 @@ def main() -> int:
     parser.add_argument("--interval", type=float, default=0.0)
     parser.add_argument("--record-every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    for hidden in ("--mode", "--folder", "--work", "--steps"):
+    for hidden in ("--mode", "--folder", "--work"):
         kind = {"--folder": Path, "--mode": str}.get(hidden, int)
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--addresses", nargs="+", help=argparse.SUPPRESS)
@@ -464,7 +469,8 @@ def judge(arguments, mode: str, folder: Path) -> dict[str, Any]:
     late = []
     if mode not in ("local", "synchronous"):
         late = [
-            {str(k): v for k, v in own.items()} for own in runs.staleness(folder, N)
+            {str(k): v for k, v in own.items()}
+            for own in runs.staleness(config, folder)
         ]
     return {
         "rates": [rate(folder, w) for w in range(N)],

@@ -52,8 +52,8 @@ from bagua_jax import (
     planning,
     primitives,
     topologies,
+    value_and_grad,
     wire,
-    worker_local,
 )
 from bagua_jax.algorithms import bytegrad, gradient_allreduce
 from bagua_jax.compressors.minmax import MinMaxPayload
@@ -251,8 +251,7 @@ class Form(NamedTuple):
 
         def step(params, tokens):
             if self.place == "end":
-                local = worker_local(params, axis)
-                loss, grads = jax.value_and_grad(plain)(local, tokens)
+                loss, grads = value_and_grad(plain, axis)(params, tokens)
                 grads, _ = exchange.update(grads, exchange.init(params))
             else:
                 loss, grads = jax.value_and_grad(chained)(params, tokens)
@@ -316,7 +315,7 @@ def lowered(
 
 
 def hidden_by_part(line: planning.Timeline) -> dict[str, float]:
-    """Give the hidden share of each part's exchange, in the order in which they begin.
+    """Return the hidden share of each part's exchange, in the order they begin.
 
     Of the collectives that the chain has named; where XLA has joined those of two
     parts, the joint one counts for the part whose name it bears.

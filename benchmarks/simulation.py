@@ -60,7 +60,13 @@ def bagua_jax(algorithm: str, n: int, steps: int) -> Callable[[], np.ndarray]:
     import jax.numpy as jnp
     import optax
 
-    from bagua_jax import Workers, algorithms, compressors, worker_local
+    from bagua_jax import (
+        Workers,
+        algorithms,
+        compressors,
+        value_and_grad,
+        worker_local,
+    )
 
     workers = Workers.simulate(n)
     options = {
@@ -83,7 +89,8 @@ def bagua_jax(algorithm: str, n: int, steps: int) -> Callable[[], np.ndarray]:
 
         def step(carry, _):
             x, state = carry
-            updates, state = tx.update(jax.grad(loss)(x, features, labels), state, x)
+            _, grads = value_and_grad(loss, "workers")(x, features, labels)
+            updates, state = tx.update(grads, state, x)
             return (optax.apply_updates(x, updates), state), None
 
         return jax.lax.scan(step, (x, tx.init(x)), length=steps)[0][0]

@@ -2,22 +2,27 @@
 
 A run's folder holds, for each worker::
 
-    steps-0.jsonl   starts, stops, and every so many steps: step, seconds since 1970,
-                    mean loss
+    steps-0.jsonl   starts, stops, saves, and every so many steps: step, seconds since
+                    1970, mean loss, the check of the model
     models-0.f32    the parameters at those steps, one flat float32 vector after another
     events-0.jsonl  its exchanges; see bagua_jax.asynchrony
     saved-0.npz     its parameters, optimizer state and steps, from which a run that was
                     interrupted goes on
     log-0.txt       what the process said
+
+Steps and events are journals (:mod:`bagua_jax.experiments.integrity`), with copies. A
+record of the steps states the mark of the events before it, and a save states both
+marks. What a save states must be there; of what came after it a machine that lost power
+may have lost some, and the run goes on without.
 """
 
-import json
+import contextlib
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +33,12 @@ from jax.flatten_util import ravel_pytree
 from bagua_jax import Workers, asynchrony, primitives
 from bagua_jax.algorithms import REGISTRY
 from bagua_jax.asynchrony.transport import require_zmq
-from bagua_jax.experiments import catalog, folders, saves
-from bagua_jax.experiments.config import ConfigError, ExperimentConfig
+from bagua_jax.experiments import catalog, folders, integrity, saves
+from bagua_jax.experiments.config import ConfigError, ExperimentConfig, identity
 from bagua_jax.experiments.data import Data, Shards
 from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.integrity import Journal, Mark, Records
+from bagua_jax.experiments.supervise import beat
 from bagua_jax.experiments.tasks import Task
 
 __all__ = [
@@ -40,6 +47,8 @@ __all__ = [
     "Setting",
     "Trainer",
     "averaged",
+    "has_finished",
+    "left",
     "paced",
     "replay",
     "require_suitable",
@@ -52,7 +61,7 @@ __all__ = [
 class Diverged(RunError):
     """A worker's loss is not finite: it leaves. ``on_nan`` says what the others do."""
 
-    status = 3  # of the worker's process: by it the others' is decided
+    status = 4  # of the worker's process: by it the others' is decided
 
 
 class Setting(NamedTuple):
@@ -85,7 +94,10 @@ def require_suitable(config: ExperimentConfig, setting: Setting) -> None:
             fit the workers.
     """
     (algorithm,) = config.algorithms
-    if setting.exchange == "rounds" and REGISTRY[algorithm.name].placement != "weight":
+    if (
+        setting.exchange == "rounds"
+        and catalog.entry(algorithm.name).placement != "weight"
+    ):
         names = [k for k, entry in REGISTRY.items() if entry.placement == "weight"]
         raise ConfigError(
             f"algorithms.{algorithm.label}: rounds exchange models, and "
@@ -166,6 +178,91 @@ class Trainer:
         return params, loss
 
 
+class Left(NamedTuple):
+    """What a worker has left, up to the first record that is damaged.
+
+    Attributes:
+        steps: its records.
+        events: its exchanges.
+        models: [k, d], one for each record of a step.
+    """
+
+    steps: Records
+    events: Records
+    models: np.ndarray
+
+
+def left(folder: Path, worker: int, size: int, run: str) -> Left:
+    """Read what a worker has left.
+
+    Args:
+        folder: of the run.
+        worker: which.
+        size: d, of a model.
+        run: as :func:`bagua_jax.experiments.folders.name_of` names it.
+    """
+    names = _names(worker)
+    steps, events = (integrity.read(folder / name, run) for name in names)
+    path = folder / f"models-{worker}.f32"
+    models = np.fromfile(path, np.float32) if path.exists() else np.empty(0, np.float32)
+    models = models[: models.size // size * size].reshape(-1, size)
+    count = 0
+    for index, record in enumerate(steps.records):
+        fault = events.differ_from(record["events"])
+        if "step" in record and not fault:
+            if count == len(models):
+                fault = f"{path} ends before the model of step {record['step']}"
+            elif integrity.check_of(models[count].tobytes()) != record["model"]:
+                fault = (
+                    f"{path}, model {count + 1}, of step {record['step']}, was altered"
+                )
+            count += not fault
+        if fault:
+            steps = steps.first(index)._replace(fault=fault)
+            break
+    return Left(steps, events, models[:count])
+
+
+def _names(worker: int) -> tuple[str, str]:
+    return f"steps-{worker}.jsonl", f"events-{worker}.jsonl"
+
+
+def require_whole(found: Left, worker: int, about: saves.About | None) -> str:
+    """Require that what a worker has left is what its save states.
+
+    Args:
+        found: what it has left.
+        worker: which.
+        about: its save; ``None`` where it has not saved.
+
+    Returns:
+        What is not whole in what came after the save, or was mended; else empty.
+
+    Raises:
+        RunError: if what came before the save is not, or the save is lost.
+    """
+    saved = [x["saves"] for x in found.steps.records if "saves" in x]
+    steps, events = found.steps, found.events
+    fault = ""
+    if about is not None:
+        marks = zip((steps, events), _names(worker), strict=True)
+        faults = [records.differ_from(about.marks[name]) for records, name in marks]
+        fault = "; ".join(filter(None, faults))
+    elif saved:
+        path = steps.path.with_name(f"saved-{worker}.npz")
+        fault = f"{path} is lost, which worker {worker} saved on step {saved[-1]}"
+    if fault:
+        raise RunError(f"{fault}. Restore it, or start afresh with --overwrite.")
+    told = (steps.fault, events.fault, steps.mended, events.mended)
+    return "; ".join(filter(None, told))
+
+
+def has_finished(found: Left) -> bool:
+    """Say whether a worker came to its end: it stopped, and made a last record."""
+    *_, stop, last = [{}, {}, *found.steps.records]
+    return "stops" in stop and "step" in last and not found.steps.fault
+
+
 class Recorder:
     """Write down how a worker goes on; what is written survives the process.
 
@@ -174,28 +271,53 @@ class Recorder:
         worker: which.
         every: steps between records.
         like: parameters as they will be recorded.
+        run: whose records they are.
+        about: what the worker has saved.
+
+    Attributes:
+        events: the journal of its exchanges.
+        mended: what was damaged in what the worker left, and is dropped or restored.
+
+    Raises:
+        RunError: if what the worker has left is damaged.
     """
 
-    def __init__(self, folder: Path, worker: int, every: int, like: Any):
-        _mend(folder, worker, ravel_pytree(like)[0].size)
-        self._steps = open(folder / f"steps-{worker}.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._models = open(folder / f"models-{worker}.f32", "ab")  # noqa: SIM115
+    def __init__(
+        self,
+        folder: Path,
+        worker: int,
+        every: int,
+        like: Any,
+        run: str = "",
+        about: saves.About | None = None,
+    ):
+        found = left(folder, worker, ravel_pytree(like)[0].size, run)
+        self.mended = require_whole(found, worker, about)
+        self._steps, self.events = (
+            Journal(folder / name, run, records.records, durable=False)
+            for name, records in zip(_names(worker), found[:2], strict=True)
+        )
+        self._models = open(folder / f"models-{worker}.f32", "ab", buffering=0)  # noqa: SIM115
+        self._models.truncate(found.models.nbytes)
         self._every, self._losses, self._worker = every, [], worker
+        # A clock that is set back would make what came later look as if it came before.
+        seconds = [x["seconds"] for x in found.steps.records]
+        self._begun = max(time.time(), *seconds[-1:], 0.0) - time.monotonic()
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._steps.close()
-        self._models.close()
+        for file in (self._steps, self.events, self._models):
+            file.close()
 
     def start(self, steps: int) -> None:
         """Record that the worker begins, after so many steps of its own or a peer."""
-        self._write({"starts": steps, "seconds": time.time()})
+        self._write({"starts": steps})
 
     def stop(self, steps: int) -> None:
         """Record that the worker takes no more steps, and goes on mixing."""
-        self._write({"stops": steps, "seconds": time.time()})
+        self._write({"stops": steps})
 
     def step(self, steps: int, loss: float, params: Any) -> None:
         """Record a step.
@@ -213,32 +335,33 @@ class Recorder:
 
     def now(self, steps: int, params: Any) -> None:
         """Record the parameters, as on every so many steps."""
-        vector = np.asarray(ravel_pytree(params)[0], np.float32)
-        self._models.write(vector.tobytes())
-        self._models.flush()
+        model = np.asarray(ravel_pytree(params)[0], np.float32).tobytes()
+        self._models.write(model)
         loss = float(np.mean(self._losses)) if self._losses else None
         self._losses.clear()
-        self._write({"step": steps, "seconds": time.time(), "train/loss": loss})
+        check = integrity.check_of(model)
+        self._write({"step": steps, "train/loss": loss, "model": check})
+
+    def save(self, save: Callable[[dict[str, Mark]], None], steps: int) -> None:
+        """Save, with the marks of what has been recorded, which is then on disk.
+
+        Args:
+            save: is given the marks by file name.
+            steps: taken.
+        """
+        journals = (self._steps, self.events)
+        marks = {journal.path.name: journal.mark for journal in journals}
+        for journal in journals:
+            journal.sync()
+        os.fsync(self._models.fileno())
+        save(marks)
+        self._write({"saves": steps})
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._steps.write(json.dumps(record) + "\n")
-
-
-def _mend(folder: Path, worker: int, size: int) -> None:
-    """Cut off the record that a worker was writing when it was killed.
-
-    What stays are as many models, in order, as lines that tell of one.
-    """
-    models = folder / f"models-{worker}.f32"
-    models.touch()
-    whole = models.stat().st_size // (4 * size)
-    kept, told = [], 0
-    for line in folders.read_lines(folder / f"steps-{worker}.jsonl"):
-        told += "step" in line
-        if told <= whole or "step" not in line:
-            kept.append(line)
-    folders.write_lines(folder / f"steps-{worker}.jsonl", kept)
-    os.truncate(models, 4 * size * min(told, whole))
+        key, *rest = record.items()
+        seconds = ("seconds", self._begun + time.monotonic())
+        events = ("events", self.events.mark)
+        self._steps.append([dict([key, seconds, *rest, events])])
 
 
 def work(
@@ -251,6 +374,7 @@ def work(
     secret: bytes,
     recorded: Callable[[Any], Any] = lambda params: params,
     resume: bool = False,
+    returns: bool = False,
 ) -> dict[str, Any]:
     r"""Be one worker of a run, to its last step, and until the others have finished.
 
@@ -271,6 +395,9 @@ def work(
         secret: by which pairs know one another.
         recorded: the part of the parameters that is written down.
         resume: go on from what this worker saved.
+        returns: in pairs, if this worker has saved something, it died and comes back:
+            it takes over from a peer that is ahead of the start, and goes on from what
+            it saved where there is none.
 
     Returns:
         Steps taken, and what pairs refused, by reason.
@@ -280,33 +407,50 @@ def work(
         RunError: if this worker saved nothing that can be read, or cannot save.
     """
     n, seed = config.workers, config.seed
+    beat("compiling", folder.name)
     shards = Shards.deal(data, n, config.sharding, config.batch_size, seed)
     train = Trainer(config, task, shards, worker)
-    params, steps = train.params, 0
+    params, steps, run = train.params, 0, folders.name_of(config)
+    about = saves.about(folder, worker, run=run)
     if resume:
-        (params, train.state), steps = saves.load(folder, worker, (params, train.state))
+        like = params, train.state
+        (params, train.state), steps = saves.load(folder, worker, like, run=run)
         if setting.exchange == "rounds":
             params = _mean_of_all(params, Workers.devices(n))
     replica = asynchrony.Replica(params, steps)
     pace = setting.pace_s[worker] if setting.pace_s else 0.0
-    folders.mend_lines(folder / f"events-{worker}.jsonl")
-    with (
-        open(folder / f"events-{worker}.jsonl", "a") as log,
-        Recorder(folder, worker, config.eval_every, recorded(params)) as recorder,
-    ):
-        mixing = _mixing(config, setting, worker, replica, log, secret)
-        with mixing:
+
+    def save(marks: dict[str, Mark]) -> None:
+        state = replica.params, train.state
+        saves.save(folder, worker, state, replica.steps, run=run, marks=marks)
+
+    every, like = config.eval_every, recorded(params)
+    with Recorder(folder, worker, every, like, run, about) as recorder:
+        if recorder.mended:
+            print(f"{recorder.mended}; it is mended.", flush=True)
+        mixing = _mixing(config, setting, worker, replica, recorder.events, secret)
+        joined = contextlib.ExitStack()
+        try:
+            joined.enter_context(mixing)
+        except ValueError as error:  # others are there, and differ
+            raise ConfigError(str(error)) from None
+        with joined:
+            if returns and not replica.steps and about is not None:
+                like = params, train.state
+                (params, train.state), steps = saves.load(folder, worker, like, run=run)
+                replica.adopt(params, steps)
             train.steps = replica.steps
             recorder.start(replica.steps)
             until = time.monotonic() + setting.most_s
             while replica.steps < config.steps and time.monotonic() < until:
+                beat("step", folder.name, replica.steps + 1)
                 loss = replica.step(paced(train, pace))
                 recorder.step(replica.steps, float(loss), recorded(replica.params))
                 if replica.steps % config.checkpoint_every == 0:
-                    saves.save(
-                        folder, worker, (replica.params, train.state), replica.steps
-                    )
+                    beat("saving", folder.name, replica.steps)
+                    recorder.save(save, replica.steps)
             recorder.stop(replica.steps)
+            beat("waiting", folder.name, replica.steps)
         recorder.now(replica.steps, recorded(replica.params))
     refused = dict(getattr(mixing, "refused", {}))
     return {"steps": replica.steps, "refused": refused}
@@ -336,7 +480,7 @@ def paced(
     return slowly
 
 
-def _mixing(config, setting, worker, replica, log: IO[str], secret: bytes):
+def _mixing(config, setting, worker, replica, log: Journal, secret: bytes):
     if setting.exchange == "rounds":
         workers = Workers.devices(config.workers)
         return asynchrony.Rounds(
@@ -347,17 +491,21 @@ def _mixing(config, setting, worker, replica, log: IO[str], secret: bytes):
             interval_s=setting.interval_s,
             timeout_s=max(60.0, setting.timeout_s),
         )
-    return asynchrony.PairGossip(
-        replica,
-        worker=worker,
-        addresses=setting.addresses,
-        secret=secret,
-        compressor=_compressor(setting),
-        log=log,
-        interval_s=setting.interval_s,
-        timeout_s=setting.timeout_s,
-        seed=config.seed,
-    )
+    try:
+        return asynchrony.PairGossip(
+            replica,
+            worker=worker,
+            addresses=setting.addresses,
+            secret=secret,
+            compressor=_compressor(setting),
+            log=log,
+            interval_s=setting.interval_s,
+            timeout_s=setting.timeout_s,
+            facts={f"config.{k}": v for k, v in identity(config).items()},
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _compressor(setting: Setting):
@@ -374,15 +522,21 @@ class _Record(NamedTuple):
     model: np.ndarray  # [d]
 
 
-def _records(folder: Path, worker: int, size: int) -> list[_Record]:
-    lines = folders.read_lines(folder / f"steps-{worker}.jsonl")
-    lines = [line for line in lines if "step" in line]
-    path = folder / f"models-{worker}.f32"
-    models = np.fromfile(path, np.float32) if path.exists() else np.empty(0)
-    models = models[: models.size // size * size].reshape(-1, size)
+def _all_left(config: ExperimentConfig, folder: Path, size: int) -> list[Left]:
+    """Read what all workers have left, and require that it is whole."""
+    run = folders.name_of(config)
+    found = [left(folder, worker, size, run) for worker in range(config.workers)]
+    for own in found:
+        if fault := own.steps.fault or own.events.fault:
+            raise RunError(f"{fault}. Start afresh with --overwrite.")
+    return found
+
+
+def _records(found: Left) -> list[_Record]:
+    lines = [line for line in found.steps.records if "step" in line]
     return [
         _Record(line["step"], line["seconds"], line["train/loss"], model)
-        for line, model in zip(lines, models, strict=False)
+        for line, model in zip(lines, found.models, strict=True)
     ]
 
 
@@ -409,10 +563,10 @@ def averaged(
     vector, unravel = ravel_pytree(initial)
     judge = jax.jit(task.evaluate)
     n = config.workers
-    starts = [folders.read_lines(folder / f"steps-{w}.jsonl")[:1] for w in range(n)]
-    begun = min(line["seconds"] for own in starts for line in own if "seconds" in line)
+    found = _all_left(config, folder, vector.size)
+    begun = min(line["seconds"] for own in found for line in own.steps.records[:1])
     first = _Record(0, begun, None, np.asarray(vector, np.float32))
-    workers = [[first, *_records(folder, w, vector.size)] for w in range(n)]
+    workers = [[first, *_records(own)] for own in found]
     times = [record.seconds for record in max(workers, key=len)]
     end = max(own[-1].seconds for own in workers)
     for now in times + [end] * (times[-1] < end):
@@ -431,18 +585,30 @@ def averaged(
         }
 
 
-def staleness(folder: Path, workers: int) -> list[dict[int, int]]:
-    """Count each worker's exchanges by their staleness, in steps."""
-    return [
-        asynchrony.staleness(asynchrony.read(folder / f"events-{worker}.jsonl"))
-        for worker in range(workers)
-    ]
+def staleness(config: ExperimentConfig, folder: Path) -> list[dict[int, int]]:
+    """Count each worker's exchanges by their staleness, in steps.
+
+    Raises:
+        RunError: if a record of them is damaged.
+    """
+    return [asynchrony.staleness(own) for own in _events(config, folder)]
 
 
-def why_not_replayed(folder: Path, workers: int) -> str:
+def _events(config: ExperimentConfig, folder: Path) -> list[list[asynchrony.Event]]:
+    run, events = folders.name_of(config), []
+    for worker in range(config.workers):
+        found = integrity.read(folder / _names(worker)[1], run)
+        if found.fault:
+            raise RunError(f"{found.fault}. Start afresh with --overwrite.")
+        events.append([asynchrony.event(record) for record in found.records])
+    return events
+
+
+def why_not_replayed(config: ExperimentConfig, folder: Path) -> str:
     """Say why a run cannot be replayed; empty where it can."""
-    for worker in range(workers):
-        lines = folders.read_lines(folder / f"steps-{worker}.jsonl")
+    run = folders.name_of(config)
+    for worker in range(config.workers):
+        lines = integrity.read(folder / _names(worker)[0], run).records
         if [line["starts"] for line in lines if "starts" in line] != [0]:
             return (
                 f"worker {worker} did not start once and at step 0. A run that was "
@@ -471,10 +637,10 @@ def replay(
         ValueError: if the run was interrupted, or a worker died in it.
     """
     n = config.workers
-    why = why_not_replayed(folder, n)
+    why = why_not_replayed(config, folder)
     if why:
         raise ValueError(f"replay: {why}")
-    events = {w: asynchrony.read(folder / f"events-{w}.jsonl") for w in range(n)}
+    events = dict(enumerate(_events(config, folder)))
     shards = Shards.deal(data, n, config.sharding, config.batch_size, config.seed)
     trainers = [Trainer(config, task, shards, worker) for worker in range(n)]
     replicas = {w: asynchrony.Replica(trainers[w].params) for w in range(n)}
@@ -487,7 +653,8 @@ def replay(
         )
         mix = arithmetic.replayed()
     size = ravel_pytree(params)[0].size
-    ends = {worker: _records(folder, worker, size)[-1] for worker in range(n)}
+    found = _all_left(config, folder, size)
+    ends = {worker: _records(own)[-1] for worker, own in enumerate(found)}
     steps = {worker: end.steps for worker, end in ends.items()}
     asynchrony.replay(events, replicas, lambda w, x: trainers[w](x)[0], mix, steps)
     return max(

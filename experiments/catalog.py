@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,14 +14,16 @@ import optax
 from bagua_jax import compressors, topologies
 from bagua_jax.algorithms import REGISTRY as ALGORITHMS
 from bagua_jax.compressors import Compressor
+from bagua_jax.entries import Entry
 from bagua_jax.experiments import config as configs
-from bagua_jax.experiments import survey, tasks
+from bagua_jax.experiments import names, survey, tasks
 from bagua_jax.experiments.config import (
     AlgorithmConfig,
     ConfigError,
     ExperimentConfig,
     OptimizerConfig,
     check_value,
+    quote,
     unknown,
 )
 from bagua_jax.primitives import AxisName
@@ -30,15 +33,20 @@ __all__ = [
     "LISTS",
     "compressor",
     "describe",
+    "entry",
     "optimizer",
     "relaxation",
     "resolve",
     "topology",
     "transform",
     "uses_optimizer",
+    "written_out",
 ]
 
 _SUPPLIED = "axis_name"  # by the runner, never by a config
+_CODECS = compressors.REGISTRY
+_TRACED = 16  # turns of a rotating graph
+_MAX_ROUNDS = 256  # of messages in a step; each is an operation of the program
 
 
 def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, ...]:
@@ -60,19 +68,34 @@ def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, ...]:
     """
     runs = []
     for algorithm in config.algorithms:
-        algorithm = _resolve_algorithm(algorithm, config)
-        used = config.optimizer if uses_optimizer(algorithm) else OptimizerConfig()
-        run = dataclasses.replace(
-            config, algorithms=(algorithm,), optimizer=used, claims=()
-        )
+        run = written_out(algorithm, config)
         _try_out(run)
         runs.append(run)
     return tuple(runs)
 
 
+def written_out(
+    algorithm: AlgorithmConfig, config: ExperimentConfig
+) -> ExperimentConfig:
+    """Make the config of one run of an experiment, with every argument written out.
+
+    Errors are those of :func:`resolve`; nothing is built.
+    """
+    algorithm = _resolve_algorithm(algorithm, config)
+    used = config.optimizer if uses_optimizer(algorithm) else OptimizerConfig()
+    return dataclasses.replace(
+        config, algorithms=(algorithm,), optimizer=used, claims=()
+    )
+
+
 def _try_out(run: ExperimentConfig) -> None:
-    """Trace one step on a vector: what a transform refuses, it refuses here."""
-    tx = transform(run, axis_name="workers")
+    """Trace one step on a vector: what a transform refuses, it refuses here.
+
+    Every turn of a rotating graph is a branch of the program. All are built; few are
+    traced, because the thousandth says no more than the first.
+    """
+    transform(run, axis_name="workers")
+    tx = transform(run, axis_name="workers", turns=_TRACED)
 
     def step(x):
         return tx.update(x, tx.init(x), x)
@@ -80,38 +103,74 @@ def _try_out(run: ExperimentConfig) -> None:
     try:
         vectors = jax.ShapeDtypeStruct((run.workers, 2), jnp.float32)
         jax.eval_shape(jax.vmap(step, axis_name="workers"), vectors)
-    except ValueError as error:
-        raise ConfigError(f"algorithms.{run.algorithms[0].label}: {error}") from None
+    except Exception as error:
+        raise _refusal(f"algorithms.{run.algorithms[0].label}", error) from None
+
+
+def _refusal(where: str, error: Exception) -> ConfigError:
+    """Pass on what a factory, or the trace of a step, said against its arguments."""
+    if isinstance(error, Warning):  # made an error by Python's -W: not a refusal
+        raise error
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return ConfigError(f"{where}: {kind}{error}")
 
 
 def uses_optimizer(algorithm: AlgorithmConfig) -> bool:
     """Tell whether an algorithm is chained with an optimizer or is one itself."""
-    return not ALGORITHMS[algorithm.name].is_optimizer
+    return not entry(algorithm.name).is_optimizer
+
+
+def entry(name: str) -> Entry:
+    """Find what is known of an algorithm.
+
+    Args:
+        name: in ``bagua_jax.algorithms.REGISTRY``, or ``package.module:attribute`` of
+            an :class:`~bagua_jax.algorithms.Entry` of your own.
+
+    Raises:
+        ConfigError: if there is none.
+
+    Example:
+        >>> entry("bytegrad").placement
+        'gradient'
+    """
+    found = names.find(name, ALGORITHMS, "algorithm", "algorithms")
+    if isinstance(found, Entry):
+        return found
+    module, _, attribute = name.partition(":")
+    what = "a function" if callable(found) else f"a {type(found).__name__}"
+    raise ConfigError(
+        f"algorithms: {quote(name)} must be an Entry, which says where the transform "
+        f"stands in a chain; got {what}. Write in {module}, for example, "
+        f'`entry = bagua_jax.algorithms.Entry({attribute}, "gradient")`, and name '
+        f"{module}:entry."
+    )
 
 
 def transform(
-    config: ExperimentConfig, axis_name: AxisName
+    config: ExperimentConfig, axis_name: AxisName, turns: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Build the transform of one run, optimizer included.
 
     Args:
         config: of one run, resolved.
         axis_name: the workers' axis.
+        turns: of a rotating graph, so many; ``None``: all.
 
     Raises:
         ConfigError: if the factory refuses a value.
     """
     (algorithm,) = config.algorithms
-    entry = ALGORITHMS[algorithm.name]
-    own = relaxation(config, axis_name)
-    if entry.is_optimizer:
+    known = entry(algorithm.name)
+    own = relaxation(config, axis_name, turns)
+    if known.is_optimizer:
         return own
     parts = (own, optimizer(config))
-    return optax.chain(*(parts if entry.placement == "gradient" else parts[::-1]))
+    return optax.chain(*(parts if known.placement == "gradient" else parts[::-1]))
 
 
 def relaxation(
-    config: ExperimentConfig, axis_name: AxisName
+    config: ExperimentConfig, axis_name: AxisName, turns: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Build the algorithm of one run, without the optimizer that it is chained with.
 
@@ -125,14 +184,19 @@ def relaxation(
             arguments["compressor"], f"{where}.compressor"
         )
     if "topology" in arguments:
-        arguments["topology"] = topology(
-            arguments["topology"], config.workers, f"{where}.topology"
-        )
+        graph = topology(arguments["topology"], config.workers, f"{where}.topology")
+        is_mean = all(step.is_mean for step in graph.steps)
+        if "compressor" in arguments or not is_mean:  # else one all-reduce
+            _require_rounds(graph, f"{where}.topology")
+        arguments["topology"] = graph._replace(steps=graph.steps[:turns])
     try:
-        factory = ALGORITHMS[algorithm.name].factory
-        return factory(**arguments, axis_name=axis_name)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+        factory = entry(algorithm.name).factory
+        with warnings.catch_warnings():
+            if algorithm.may_diverge:  # the reader knows
+                warnings.simplefilter("ignore", UserWarning)
+            return factory(**arguments, axis_name=axis_name)
+    except Exception as error:
+        raise _refusal(where, error) from None
 
 
 def optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
@@ -145,8 +209,7 @@ def _resolve_algorithm(
     algorithm: AlgorithmConfig, config: ExperimentConfig
 ) -> AlgorithmConfig:
     where = f"algorithms.{algorithm.label}"
-    if algorithm.name not in ALGORITHMS:
-        raise unknown("algorithms", algorithm.name, ALGORITHMS, "algorithm")
+    entry(algorithm.name)
     if algorithm.optimizer is not None and not uses_optimizer(algorithm):
         raise ConfigError(
             f"{where}.optimizer: {algorithm.name} is the optimizer itself; give "
@@ -157,7 +220,7 @@ def _resolve_algorithm(
     for name, value in given.items():
         if name not in parameters:
             what = f"argument of {algorithm.name}"
-            raise unknown(f"{where}.{name} = {value!r}", name, parameters, what)
+            raise unknown(f"{where}.{name} = {quote(value)}", name, parameters, what)
     resolved: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name in given:
@@ -171,20 +234,26 @@ def _resolve_algorithm(
             raise ConfigError(
                 f"{where}.{name}: {algorithm.name} requires it, and it is missing."
             )
-        else:
-            resolved[name] = _as_config(parameter.default)
+        elif not isinstance(parameter.default, Compressor):
+            resolved[name] = parameter.default
+        elif (written := parameter.default.facts.name).split("(")[0] in _CODECS:
+            resolved[name] = written
     return dataclasses.replace(algorithm, arguments=resolved)
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     """Get the arguments of an algorithm that a config may give."""
-    signature = inspect.signature(ALGORITHMS[name].factory, eval_str=True)
-    return {k: p for k, p in signature.parameters.items() if k != _SUPPLIED}
+    return {k: p for k, p in _signature(entry(name).factory).items() if k != _SUPPLIED}
 
 
-def _as_config(default: Any) -> Any:
-    """Write a default as a config would; compressors by name and parameters."""
-    return default.facts.name if isinstance(default, Compressor) else default
+def _signature(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Get the named parameters of a function, with their types where they are known."""
+    try:
+        signature = inspect.signature(factory, eval_str=True)
+    except NameError:  # a type that its module imports for type checkers only
+        signature = inspect.signature(factory)
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {k: p for k, p in signature.parameters.items() if p.kind not in several}
 
 
 # --- compressors and topologies ---
@@ -206,7 +275,7 @@ def compressor(value: Any, where: str = "compressor") -> Compressor:
         >>> compressor("cast(bfloat16)").facts.name
         'cast(bfloat16)'
     """
-    return _build(value, compressors.REGISTRY, "compressor", where)
+    return _build(value, _CODECS, "compressor", where, Compressor)
 
 
 def topology(value: Any, workers: int, where: str = "topology") -> Topology:
@@ -219,34 +288,61 @@ def topology(value: Any, workers: int, where: str = "topology") -> Topology:
         >>> topology("ring(self_weight=0.5)", 4).mixing_matrix(0)[0].tolist()
         [0.5, 0.25, 0.0, 0.25]
     """
-    return _build(value, topologies.REGISTRY, "topology", where, workers)
+    return _build(value, topologies.REGISTRY, "topology", where, Topology, workers)
+
+
+def _require_rounds(graph: Topology, where: str) -> None:
+    rounds = max(len(step.sends) for step in graph.steps)
+    if rounds > _MAX_ROUNDS:
+        raise ConfigError(
+            f"{where}: a step must have at most {_MAX_ROUNDS} rounds of messages, as a "
+            f"program has an operation for each; {graph.name} of {graph.n:,} workers "
+            f"has {rounds:,}. Use fewer workers, or a graph of fewer neighbours, such "
+            "as one_peer_exponential."
+        )
 
 
 def _build(
-    value: Any, registry: Mapping[str, Any], what: str, where: str, *supplied: int
+    value: Any,
+    registry: Mapping[str, Any],
+    what: str,
+    where: str,
+    kind: type,
+    *supplied: int,
 ) -> Any:
     call = _parse_call(value) if isinstance(value, str) else value
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{where}: parameters have names, got {quote(value)}.")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         example = next(iter(registry))
         raise ConfigError(
             f"{where}: must be a name or a mapping with a name, such as {example} or "
-            f"{{name: {example}}}; got {value!r}."
+            f"{{name: {example}}}; got {quote(value)}."
         )
     name, given = call["name"], {k: v for k, v in call.items() if k != "name"}
-    if name not in registry:
-        raise unknown(where, name, registry, what)
-    signature = inspect.signature(registry[name], eval_str=True)
-    parameters = dict(list(signature.parameters.items())[len(supplied) :])
+    factory = names.find(name, registry, what, where)
+    if isinstance(factory, kind) and not given:
+        return factory
+    if not callable(factory):
+        raise ConfigError(
+            f"{where}: {quote(name)} must be a function that returns a "
+            f"{kind.__name__}, got {type(factory).__name__}."
+        )
+    parameters = dict(list(_signature(factory).items())[len(supplied) :])
     for key in [key for key in given if isinstance(key, int)]:  # by position
         if key >= len(parameters):
             raise ConfigError(
-                f"{where}: {name} takes {len(parameters)} parameters, got {value!r}."
+                f"{where}: {name} takes {len(parameters)} parameters, got "
+                f"{quote(value)}."
             )
         given[list(parameters)[key]] = given.pop(key)
     for key, argument in given.items():
         if key not in parameters:
             raise unknown(
-                f"{where}.{key} = {argument!r}", key, parameters, f"parameter of {name}"
+                f"{where}.{key} = {quote(argument)}",
+                key,
+                parameters,
+                f"parameter of {name}",
             )
         path = f"{where}.{key}"
         if isinstance(parameters[key].default, Compressor):
@@ -255,9 +351,15 @@ def _build(
             argument = tuple(argument) if isinstance(argument, list) else argument
             given[key] = check_value(argument, parameters[key].annotation, path)
     try:
-        return registry[name](*supplied, **given)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+        made = factory(*supplied, **given)
+    except Exception as error:
+        raise _refusal(where, error) from None
+    if not isinstance(made, kind):
+        raise ConfigError(
+            f"{where}: {quote(name)} must return a {kind.__name__}, got "
+            f"{type(made).__name__}."
+        )
+    return made
 
 
 def _parse_call(text: str) -> dict[Any, Any] | None:
@@ -265,8 +367,10 @@ def _parse_call(text: str) -> dict[Any, Any] | None:
 
     >>> _parse_call("blockwise(4, rounding=nearest)")
     {'name': 'blockwise', 0: 4, 'rounding': 'nearest'}
+    >>> _parse_call("my.codecs:coarse(3)")
+    {'name': 'my.codecs:coarse', 0: 3}
     """
-    found = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    found = re.fullmatch(r"\s*([\w.]+:\w+|\w+)\s*(?:\((.*)\))?\s*", text)
     if not found:
         return None
     call: dict[Any, Any] = {"name": found[1]}
@@ -347,12 +451,15 @@ def _algorithms() -> list[Row]:
         {row.algorithm: row for row in survey.SURVEY[::-1]},
     )
     rows = []
-    for name, entry in ALGORITHMS.items():
+    for name, known in ALGORITHMS.items():
         row = surveyed[name]
-        numbers = counted[survey.label(row)]
-        sent = numbers["bytes_per_worker"] / numbers["parameters"]
-        facts = (f"{sent:.3g}", _constants(row))
-        rows.append(Row(name, _first_line(entry.factory), facts))
+        numbers = counted.get(survey.label(row))  # none: `survey` did not run since
+        sent = (
+            f"{numbers['bytes_per_worker'] / numbers['parameters']:.3g}"
+            if numbers
+            else "?"
+        )
+        rows.append(Row(name, _first_line(known.factory), (sent, _constants(row))))
     return rows
 
 
@@ -405,7 +512,7 @@ LISTS = {
     "tasks": Kind(lambda: _simple(tasks.TASKS)),
     "configs": Kind(
         lambda: [
-            Row(name, _claim(path.read_text()))
+            Row(name, _claim(path.read_text("utf-8")))
             for name, path in configs.shipped().items()
         ]
     ),

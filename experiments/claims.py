@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bagua_jax.experiments.config import ConfigError, ExperimentConfig, unknown
+from bagua_jax.experiments.config import ConfigError, ExperimentConfig, quote, unknown
 
 __all__ = ["Claim", "Name", "Verdict", "check", "check_metrics", "judge", "parse"]
 
@@ -44,6 +44,9 @@ _FUNCTIONS = {  # and how many arguments they take
     "abs": (abs, range(1, 2)),
     "log": (math.log, range(1, 2)),
 }
+_LONGEST = 1_000  # characters of a claim
+_MOST_PARTS = 200  # nodes of its syntax tree
+_LARGEST = 1e300
 _FLAGS = ("diverged",)  # true or false, not a number
 _OF_DIVERGED = (*_FLAGS, "steps")  # what a diverged run can be asked
 
@@ -110,18 +113,27 @@ def parse(text: str) -> Claim:
         >>> claim.test(lambda name: 20.0 if name.step else 4)
         ('20 > 8', True)
     """
-    try:  # in the tree a name is a text, and nothing else is
-        tree = ast.parse(_NAME.sub(r"'\g<0>'", text.strip()), mode="eval").body
-    except (SyntaxError, ValueError):
+    if len(text) > _LONGEST:
+        raise _refusal(text, f"it is longer than {_LONGEST} characters")
+    try:
+        tree = ast.parse(_quoted(text), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _refusal(text, "it is no expression") from None
-    names = (_name(node) for node in ast.walk(tree))
-    return Claim(text, tuple(filter(None, names)), _test(tree, text))
+    nodes = list(ast.walk(tree))
+    if len(nodes) > _MOST_PARTS:  # which bounds its depth, too
+        raise _refusal(text, f"it has more than {_MOST_PARTS} parts")
+    return Claim(text, tuple(filter(None, map(_name, nodes))), _test(tree, text))
+
+
+def _quoted(text: str) -> str:
+    """Put quotes around names: in the tree a name is a text, and nothing else is."""
+    return _NAME.sub(r"'\g<0>'", text.strip())
 
 
 def _refusal(text: str, why: str) -> ConfigError:
     return ConfigError(
-        f"claims: {text!r}: {why}. A claim compares numbers and LABEL.METRIC with + - "
-        "* / between blanks, min, max, abs and log, or is LABEL.diverged or not "
+        f"claims: {quote(text)}: {why}. A claim compares numbers and LABEL.METRIC with "
+        "+ - * / between blanks, min, max, abs and log, or is LABEL.diverged or not "
         "LABEL.diverged."
     )
 
@@ -181,6 +193,8 @@ def _number(node: ast.expr, text: str) -> Callable[[_Read], float]:
         case ast.Constant(value=int() | float() as number) if not isinstance(
             number, bool
         ):
+            if not abs(number) <= _LARGEST:
+                raise _refusal(text, f"{quote(number)} is too large a number")
             return lambda read: number
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             inner = _number(operand, text)
@@ -194,7 +208,8 @@ def _number(node: ast.expr, text: str) -> Callable[[_Read], float]:
         ):
             function, values = _FUNCTIONS[known][0], [_number(a, text) for a in args]
             return lambda read: function(*(value(read) for value in values))
-    raise _refusal(text, f"{ast.unparse(node)!r} cannot stand in it")
+    part = ast.get_source_segment(_quoted(text), node)
+    raise _refusal(text, f"{quote(part)} cannot stand in it")
 
 
 # --- checking before the runs ---
@@ -210,7 +225,9 @@ def check(claims: Iterable[Claim], config: ExperimentConfig) -> None:
     for claim in claims:
         for name in claim.names:
             if name.label not in labels:
-                raise unknown(f"claims: {claim.text!r}", name.label, labels, "label")
+                raise unknown(
+                    f"claims: {quote(claim.text)}", name.label, labels, "label"
+                )
             if name.metric.startswith("time"):
                 raise _refusal(claim.text, "time is the machine's, not an algorithm's")
 
@@ -232,7 +249,7 @@ def check_metrics(
         for label, metric, step in claim.names:
             if label != run.algorithms[0].label:
                 continue
-            where, valid = f"claims: {claim.text!r}", known[step is not None]
+            where, valid = f"claims: {quote(claim.text)}", known[step is not None]
             if metric not in valid:
                 raise unknown(where, metric, valid, f"metric of {label}")
             if step is None:
@@ -283,9 +300,11 @@ def judge(
         if metric.startswith("wire/"):
             if summary["wire"] is None:
                 raise _Missing(f"bytes of {label} were not counted")
-            return summary["wire"][metric.removeprefix("wire/")]
+            summary, metric = summary["wire"], metric.removeprefix("wire/")
         if summary.get("diverged") and metric not in _OF_DIVERGED:
             raise _Missing(f"{label} diverged")
+        if metric not in summary:  # of a run that was not asked before
+            raise _Missing(f"{label} has no {metric}")
         return summary[metric]
 
     verdicts = []

@@ -4,8 +4,10 @@ jax is imported only after the flags are read: help comes at once, and host devi
 be made before jax starts.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import operator
 import sys
 import traceback
@@ -15,6 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from bagua_jax import extras
 from bagua_jax.experiments import claims, supervise
 from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.commands import (
@@ -30,8 +33,10 @@ from bagua_jax.experiments.commands import list as list_
 from bagua_jax.experiments.commands.base import FAILED, USAGE, OnConfig, complain
 from bagua_jax.experiments.config import ConfigError
 from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.messages import quote, shorten
+from bagua_jax.experiments.terminal import degrade
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "parse"]
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "run": (run.Run, run.main),
@@ -57,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warn
+    degrade(sys.stdout, sys.stderr)
     try:
         status = _main(argv)
     except Exception:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # stderr may be a log on a full disk
+            traceback.print_exc()
         _leave(supervise.CRASHED)
-        raise
+        return supervise.CRASHED if supervise.is_launched() else FAILED
     _leave(status)
     return status
 
@@ -75,7 +82,7 @@ def _leave(status: int) -> None:
 
 def _main(argv: list[str]) -> int:
     try:
-        command = _parse(argv)
+        command = parse(argv)
         return {flags: do for flags, do in COMMANDS.values()}[type(command)](command)
     except SystemExit as stop:  # tyro has shown help, or what is wrong with the flags
         return stop.code if isinstance(stop.code, int) else USAGE
@@ -85,24 +92,37 @@ def _main(argv: list[str]) -> int:
         return complain(str(error), error.status)
     except OSError as error:
         return complain(str(error), FAILED)
+    except ModuleNotFoundError as error:
+        if not (message := extras.missing(error, "this command")):
+            raise
+        return complain(message, USAGE)
     except KeyboardInterrupt:
         return complain("interrupted; the same command continues.", FAILED)
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"bagua-jax: warning: {message}", file=sys.stderr)
+    print(shorten(f"bagua-jax: warning: {message}"), file=sys.stderr)
 
 
-def _parse(argv: list[str]) -> Any:
-    """Read the arguments, and those of the run that `launch` is given."""
+def parse(argv: list[str]) -> Any:
+    """Read the arguments, and those of the run that `launch` is given.
+
+    Returns:
+        The flags of a subcommand; nothing of it has begun.
+
+    Raises:
+        ConfigError: if the config, or a flag, says something wrong.
+        SystemExit: the same, where tyro has said what; or help was shown.
+    """
     if argv[:1] == ["launch"] and "--" in argv:
         own, inner = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
         return dataclasses.replace(
-            _parse(own), words=tuple(inner), command=_parse_launched(inner)
+            parse(own), words=tuple(inner), command=_parse_launched(inner)
         )
     if supervise.is_launched():
         supervise.tie()
-        return _parse_launched(argv)
+        if argv[:1] != ["async"]:
+            return _parse_launched(argv)
     return _parse_on("", argv)
 
 
@@ -110,12 +130,13 @@ def _parse_launched(argv: list[str]) -> run.Run:
     """Read what several processes do: a run, with `where: processes` as its default."""
     if argv[:1] != ["run"]:
         raise ConfigError(
-            f"launch: runs `run CONFIG` in several processes; got {argv!r} after --."
+            "launch: runs `run CONFIG` in several processes; got "
+            f"{quote(argv)} after --."
         )
     command = _parse_on("processes", argv)
     if command.experiment.where != "processes":
         raise ConfigError(
-            f"where: launch runs processes; got {command.experiment.where!r}."
+            f"where: launch runs processes; got {quote(command.experiment.where)}."
         )
     return command
 
@@ -143,14 +164,26 @@ def _parse_on(where: str, argv: list[str]) -> Any:
     for name, (flags, _) in COMMANDS.items():
         default = {"default": flags(positional, loaded)} if name in on_config else {}
         subcommands.append(Annotated[flags, tyro.conf.subcommand(name, **default)])
-    command: Any = tyro.cli(
-        functools.reduce(operator.or_, subcommands),
-        args=argv,
-        prog="bagua-jax",
-        description="Communication relaxations for data-parallel training in JAX.",
-    )
+    command: Any = _read_flags(functools.reduce(operator.or_, subcommands), argv)
     if given:
         chosen = configs.select(loaded, command.experiment.algorithms)
         experiment = dataclasses.replace(command.experiment, algorithms=chosen)
         command = dataclasses.replace(command, experiment=experiment)
     return command
+
+
+def _read_flags(subcommands: Any, argv: list[str]) -> Any:
+    """Let tyro read the flags; what it says of wrong ones is bounded."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                subcommands,
+                args=argv,
+                prog="bagua-jax",
+                description="Communication relaxations for data-parallel training in "
+                "JAX.",
+            )
+    finally:
+        if said.getvalue():
+            print(shorten(said.getvalue().rstrip()), file=sys.stderr)

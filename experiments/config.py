@@ -4,11 +4,11 @@ Nothing here imports jax: the command line reads a config before jax starts.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.resources
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -21,6 +21,9 @@ import yaml
 from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
+from bagua_jax.experiments.messages import UNWRITABLE, ConfigError, quote, unknown
+from bagua_jax.experiments.strict_yaml import MAX_BYTES, read_yaml
+
 __all__ = [
     "AlgorithmConfig",
     "ConfigError",
@@ -31,7 +34,9 @@ __all__ = [
     "identity",
     "load",
     "parse_algorithms",
+    "quote",
     "read_yaml",
+    "require_ranges",
     "run_name",
     "select",
     "shipped",
@@ -39,28 +44,49 @@ __all__ = [
 ]
 
 
-class ConfigError(ValueError):
-    """Something the user wrote cannot be used; the message says what and why."""
+_COUNT = 2**31 - 1  # optax counts steps in int32
+_LARGEST = 3.4e38  # in float32
+_MAX_ALGORITHMS = 100
+_LONGEST_NAME = 100  # bytes; hash and seed are appended, and a file system allows 255
+_MAX_WORKERS = 4_096  # a dense graph of them is n^2 messages
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "workers": (1, _MAX_WORKERS),
+    "steps": (1, _COUNT),
+    "batch_size": (1, _COUNT),
+    "seed": (0, _COUNT),
+    "eval_every": (1, _COUNT),
+    "checkpoint_every": (1, _COUNT),
+    "check_replicas_every": (1, _COUNT),
+    "keep_checkpoints": (1, _COUNT),
+}
+_OPTIMIZER_RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (math.ulp(0.0), _LARGEST),
+    "momentum": (0, 1),
+    "b1": (0, math.nextafter(1, 0)),
+    "b2": (0, math.nextafter(1, 0)),
+    "eps": (0, _LARGEST),
+    "weight_decay": (0, _LARGEST),
+}
 
 
-def unknown(field: str, value: Any, valid: Iterable[str], what: str) -> ConfigError:
-    """Make the error for a name that is not among the valid ones.
+def require_ranges(
+    owner: Any, ranges: Mapping[Any, tuple[float, float]], prefix: str = ""
+) -> None:
+    """Check numeric fields of a dataclass, inclusive; NaN is in no range, None in all.
 
-    >>> print(unknown("where", "simulat", ["simulate", "devices"], "choice"))
-    where: unknown choice 'simulat'; did you mean 'simulate'? Valid: simulate, devices.
+    Raises:
+        ConfigError: naming the field, its range and the value.
     """
-    valid = list(valid)
-    near = difflib.get_close_matches(str(value), valid, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    return ConfigError(
-        f"{field}: unknown {what} {value!r}{hint} Valid: {', '.join(valid) or 'none'}."
-    )
-
-
-def _require_positive(**fields: int | float) -> None:
-    for name, value in fields.items():
-        if not value > 0 or math.isinf(value):
-            raise ConfigError(f"{name}: must be positive and finite, got {value!r}.")
+    for name, (low, high) in ranges.items():
+        value = getattr(owner, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None or low <= number <= high:
+                continue
+            bounds = f"from {low:,} to {high:,}"
+            if low == math.ulp(0.0):
+                bounds = f"positive and at most {high:,}"
+            raise ConfigError(f"{prefix}{name}: must be {bounds}, got {quote(number)}.")
 
 
 def _require_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
@@ -68,11 +94,23 @@ def _require_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
         raise unknown(name, value, valid, "choice")
 
 
+def _require_path(name: str, value: str) -> None:
+    if not value or UNWRITABLE.search(value):
+        raise ConfigError(
+            f"{name}: must be a path without control characters, got {quote(value)}."
+        )
+
+
 def _require_file_name(name: str, value: str) -> None:
     if not re.fullmatch(r"\w[\w.+-]*", value):
         raise ConfigError(
             f"{name}: becomes a folder's name, so it must be made of letters, digits, "
-            f"'_', '-', '+' and '.'; got {value!r}."
+            f"'_', '-', '+' and '.'; got {quote(value)}."
+        )
+    if len(value.encode()) > _LONGEST_NAME:
+        raise ConfigError(
+            f"{name}: becomes a folder's name, so it must have at most {_LONGEST_NAME} "
+            f"bytes; got {len(value.encode())}: {quote(value)}."
         )
 
 
@@ -106,17 +144,17 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require_choice("optimizer.name", self.name, tuple(_OPTIMIZER_FIELDS))
-        _require_positive(**{"optimizer.learning_rate": self.learning_rate})
+        require_ranges(self, _OPTIMIZER_RANGES, "optimizer.")
         for name, value in self.arguments().items():
             if name not in _OPTIMIZER_FIELDS[self.name]:
                 users = [k for k, names in _OPTIMIZER_FIELDS.items() if name in names]
                 raise ConfigError(
-                    f"optimizer.{name}: {self.name} has no {name}, got {value!r}. "
-                    f"It is an argument of {' and '.join(users)}."
+                    f"optimizer.{name}: {self.name} has no {name}, got "
+                    f"{quote(value)}. It is an argument of {' and '.join(users)}."
                 )
 
     def arguments(self) -> dict[str, Any]:
-        """Give what was set besides name and learning rate."""
+        """Return what was set besides name and learning rate."""
         own = dataclasses.asdict(self)
         del own["name"], own["learning_rate"]
         return {name: value for name, value in own.items() if value is not None}
@@ -131,9 +169,12 @@ class AlgorithmConfig:
     """
 
     name: str
-    """A name in ``bagua_jax.algorithms.REGISTRY``."""
+    """One that `bagua-jax list algorithms` shows, or your own as package.module:name.
+
+    That is a `bagua_jax.algorithms.Entry`, which says where the transform stands."""
     label: str = ""
-    """What tables, plots and folders call it; its name where empty."""
+    """What tables, plots and folders call it; where empty its name, without a module,
+    or the module's where that says no more than `entry`."""
     optimizer: OptimizerConfig | None = None
     """Instead of the experiment's optimizer (as a whole)."""
     may_diverge: bool = False
@@ -143,7 +184,9 @@ class AlgorithmConfig:
     """Keyword arguments of the algorithm, without ``axis_name``."""
 
     def __post_init__(self):
-        object.__setattr__(self, "label", self.label or self.name)
+        module, _, name = self.name.rpartition(":")
+        own = module.rpartition(".")[2] if name == "entry" else name
+        object.__setattr__(self, "label", self.label or own)
         _require_file_name("algorithms.label", self.label)
 
 
@@ -187,9 +230,9 @@ class ExperimentConfig:
     """Steps between comparisons of what all workers hold alike; one that differs stops
     the run."""
     on_nan: Literal["stop", "skip", "drop"] = "stop"
-    """What a worker whose loss or gradient is not finite makes: the run stops; all
-    workers skip the step (one small all-reduce more); or, where workers wait for nobody
-    (`async --exchange pairs`), that worker is dropped and the others go on."""
+    """What to do when a worker's loss or gradient is not finite: `stop` the run, `skip`
+    the step on all workers (one small all-reduce more), or `drop` the worker
+    (`async --exchange pairs` only) while the others go on."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     output: str = "runs"
@@ -204,73 +247,28 @@ class ExperimentConfig:
         _require_choice("where", self.where, ("simulate", "devices", "processes"))
         _require_choice("sharding", self.sharding, ("iid", "label"))
         _require_choice("on_nan", self.on_nan, ("stop", "skip", "drop"))
-        _require_positive(
-            workers=self.workers,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            eval_every=self.eval_every,
-            checkpoint_every=self.checkpoint_every,
-            check_replicas_every=self.check_replicas_every,
-            keep_checkpoints=self.keep_checkpoints,
-        )
-        if not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed: must be in [0, 2**31), got {self.seed}.")
+        require_ranges(self, _RANGES)
+        _require_path("output", self.output)
         if not self.algorithms:
             raise ConfigError(
                 "algorithms: must list at least one algorithm, got none. "
                 "`bagua-jax list algorithms` shows them."
             )
+        if len(self.algorithms) > _MAX_ALGORITHMS:
+            raise ConfigError(
+                f"algorithms: must be at most {_MAX_ALGORITHMS}, got "
+                f"{len(self.algorithms)}. Make several experiments of them."
+            )
         labels = [a.label for a in self.algorithms]
         for label in labels:
             if labels.count(label) > 1:
                 raise ConfigError(
-                    f"algorithms: {labels.count(label)} entries are called {label!r}; "
-                    "give each its own label."
+                    f"algorithms: {labels.count(label)} entries are called "
+                    f"{quote(label)}; give each its own label."
                 )
 
 
 # --- reading ---
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number and a repeated key an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _mapping_without_repeats(loader, node, deep=False):
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands twice", node.start_mark
-            )
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
-
-
-def read_yaml(text: str, source: str = "config") -> Any:
-    """Read YAML in which 1e-3 is a number and a repeated key an error.
-
-    Raises:
-        ConfigError: if the text is not YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        at = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}: not valid YAML{at}: {error.problem}.") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{source}: not valid YAML: {reason}.") from None
 
 
 def shipped() -> dict[str, Path]:
@@ -292,12 +290,14 @@ def load(source: str | Path) -> ExperimentConfig:
     """
     path, known = Path(source), shipped()
     short = {name.rpartition("/")[2]: file for name, file in known.items()}
-    if not path.exists() and str(source) in short | known:
+    exists = os.path.exists(source)  # Path.exists raises where a name is too long
+    if not exists and str(source) in short | known:
         path = (short | known)[str(source)]
-    elif not path.exists():
+    elif not exists:
         raise unknown("CONFIG", str(source), known, "file or shipped config")
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")  # a device never ends
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}.") from None
     raw = read_yaml(text, str(source))
@@ -313,7 +313,7 @@ def _parse_experiment(raw: Any) -> ExperimentConfig:
     if isinstance(raw, dict) and "claims" in raw:
         claims = raw["claims"]
         if not isinstance(claims, list) or not all(isinstance(c, str) for c in claims):
-            raise ConfigError(f"claims: must be a list of lines, got {claims!r}.")
+            raise ConfigError(f"claims: must be a list of lines, got {quote(claims)}.")
         raw = raw | {"claims": tuple(claims)}
     return _parse(ExperimentConfig, raw, "")
 
@@ -338,7 +338,7 @@ def parse_algorithms(raw: Any) -> tuple[AlgorithmConfig, ...]:
         raw = read_yaml(text, "algorithms")
     if not isinstance(raw, list):
         raise ConfigError(
-            f"algorithms: must be a list such as [bytegrad, qadam], got {raw!r}."
+            f"algorithms: must be a list such as [bytegrad, qadam], got {quote(raw)}."
         )
     return tuple(_parse_algorithm(entry, i) for i, entry in enumerate(raw))
 
@@ -368,7 +368,7 @@ def _parse_algorithm(raw: Any, index: int) -> AlgorithmConfig:
     path = f"algorithms[{index}]"
     if not isinstance(raw, dict):
         raise ConfigError(
-            f"{path}: must be a name or a mapping with a name, got {raw!r}."
+            f"{path}: must be a name or a mapping with a name, got {quote(raw)}."
         )
     named = ("name", "label", "optimizer", "may_diverge")
     own = {k: v for k, v in raw.items() if k in named}
@@ -380,11 +380,11 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
     """Read a mapping into a dataclass: no unknown key, none missing, types right."""
     where = path.rstrip(".") or "the config"
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where}: must be a mapping of fields, got {raw!r}.")
+        raise ConfigError(f"{where}: must be a mapping of fields, got {quote(raw)}.")
     hints = typing.get_type_hints(cls)
     for key, value in raw.items():
         if key not in hints:
-            raise unknown(f"{path}{key} = {value!r}", key, hints, "field")
+            raise unknown(f"{path}{key} = {quote(value)}", key, hints, "field")
     for f in dataclasses.fields(cls):
         required = f.default is f.default_factory is dataclasses.MISSING
         if required and f.name not in raw:
@@ -428,15 +428,28 @@ def check_value(value: Any, hint: Any, name: str) -> Any:
         if len(checkable) == 1 and (len(parts) == 1 or checkable != [str]):
             return check_value(value, checkable[0], name)
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if hint in (int, float, str, bool):
         is_number_as_bool = isinstance(value, bool) and hint is not bool
-        if not isinstance(value, hint) or is_number_as_bool:
+        accepted = (int, float) if hint is float else hint
+        if not isinstance(value, accepted) or is_number_as_bool:
             words = {int: "a whole number", float: "a number", str: "text"}
             expected = words.get(hint, "true or false")
-            raise ConfigError(f"{name}: must be {expected}, got {value!r}.")
+            raise ConfigError(f"{name}: must be {expected}, got {quote(value)}.")
+        if hint is float and isinstance(value, int | float):
+            return _finite(value, name)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{name}: must fit in 64 bits, got {quote(value)}.")
     return value
+
+
+def _finite(value: int | float, name: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # an int
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{name}: must be a finite number, got {quote(value)}.")
+    return number
 
 
 def _checkable(hint: Any) -> bool:

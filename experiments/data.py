@@ -118,7 +118,7 @@ class Shards(NamedTuple):
     seed: int
 
     def indices(self, step: int) -> np.ndarray:
-        """Give the samples of a step, a function of seed and step alone.
+        """Return the samples of a step, a function of seed and step alone.
 
         A worker goes through its shard in epochs of m // B steps, each in an order of
         its own; what does not fill a batch is left out of that epoch.
@@ -137,7 +137,7 @@ class Shards(NamedTuple):
         return np.take_along_axis(self.members, chosen, axis=1)
 
     def batch(self, step: int, workers: Any = slice(None)) -> Any:
-        """Give the batches of a step: leaves [n, B, ...], one row for each worker.
+        """Return the batches of a step: leaves [n, B, ...], one row for each worker.
 
         Args:
             step: optimizer steps taken before, from 0.

@@ -7,9 +7,13 @@
         environment.json  versions, machine, git commit, command line
         metrics.jsonl     one line a step, bit for bit the same after an interruption
         timing.jsonl      seconds of each stretch of steps, never the same twice
+        copies/           both once more, to mend one from the other
         checkpoints/      the newest few, by step
         log.txt           what happened when
         summary.json      final numbers; written last, so that it marks a finished run
+
+All but environment.json and log.txt, which nothing reads, show it where they were
+altered: see :mod:`bagua_jax.experiments.integrity`.
 """
 
 import contextlib
@@ -22,44 +26,38 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig
+from bagua_jax.experiments.integrity import (
+    RunError,
+    Unchecked,
+    digest,
+    read_text,
+    write_text,
+    write_whole,
+)
 
 __all__ = [
     "RunError",
-    "append_lines",
     "blame",
     "environment",
     "locked",
     "log",
-    "mend_lines",
+    "name_of",
     "open_run",
     "path_of",
     "processor",
-    "read_json",
-    "read_lines",
     "require_writable",
     "write_json",
-    "write_lines",
 ]
 
 
 _LOCK = ".lock"
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; the message says why and what helps.
-
-    Attributes:
-        status: the exit status that it makes.
-    """
-
-    status = 1
 
 
 def blame(error: BaseException) -> str:
@@ -92,6 +90,11 @@ def path_of(config: ExperimentConfig) -> Path:
     return Path(config.output) / config.experiment / configs.run_name(config)
 
 
+def name_of(config: ExperimentConfig) -> str:
+    """Name a run as its records do, by what decides its numbers."""
+    return digest(configs.identity(config))
+
+
 def open_run(
     config: ExperimentConfig, *, overwrite: bool, folder: Path | None = None
 ) -> Path:
@@ -102,8 +105,13 @@ def open_run(
         overwrite: throw away what is there.
         folder: of the run; as :func:`path_of` says where ``None``.
 
+    Returns:
+        The folder. A config that was altered is written anew, because whatever else is
+        there says itself which run it is of.
+
     Raises:
-        RunError: if the folder holds another config, or one that cannot be read.
+        RunError: if the folder holds another run's config, or that of an earlier
+            version, which wrote no checksums.
         OSError: if it cannot be written.
     """
     folder = path_of(config) if folder is None else folder
@@ -111,22 +119,25 @@ def open_run(
     if overwrite:
         _clear(folder)
     written = folder / "config.yaml"
-    if not written.exists():
-        write_json(folder / "environment.json", environment())
-        _write(written, configs.dump(config))
+    cure = "Move the folder away, or start afresh with --overwrite."
+    try:
+        found = read_text(written)
+    except Unchecked as error:
+        raise RunError(f"{error}. {cure}") from None
+    except RunError as error:
+        log(folder, f"{error}; it is written anew")
+        found = None
+    if found is None:
+        if not (folder / "environment.json").exists():
+            write_json(folder / "environment.json", environment())
+        write_text(written, configs.dump(config))
         return folder
     try:
-        found = configs.identity(configs.load(written))
+        identity = configs.identity(configs.load(written))
     except ConfigError as error:
-        raise RunError(
-            f"the run folder's config is damaged: {error} Restore it, or start afresh "
-            "with --overwrite."
-        ) from None
-    if found != configs.identity(config):
-        raise RunError(
-            f"{written} is the config of another run. Move the folder away, or start "
-            "afresh with --overwrite."
-        )
+        raise RunError(f"this version cannot use {error} {cure}") from None
+    if identity != configs.identity(config):
+        raise RunError(f"{written} is the config of another run. {cure}")
     return folder
 
 
@@ -160,76 +171,19 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"another process is working in {folder}.") from None
+            raise RunError(
+                f"another process is working in {folder}. Wait until it has ended, or "
+                "choose another folder with --output."
+            ) from None
         yield
 
 
 # --- files ---
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    _write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; None where there is no such file, or it holds something else."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines file up to the first line that is not whole."""
-    lines: list[dict[str, Any]] = []
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return lines
-    for line in text.splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(record, dict):
-            break
-        lines.append(record)
-    return lines
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON Lines file, whole or not at all."""
-    _write(path, "".join(map(_line, records)))
-
-
-def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append to a JSON Lines file; on disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(map(_line, records)))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def mend_lines(path: Path) -> None:
-    """Cut off a last line that is not whole, so that others may be appended."""
-    if path.exists():
-        text = path.read_bytes()
-        os.truncate(path, text.rfind(b"\n") + 1)
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def log(folder: Path, message: str) -> None:
@@ -245,7 +199,7 @@ def processor() -> str:
     """Name this machine: processor and cores, as ``"AMD EPYC, 2 cores"``."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
@@ -279,7 +233,7 @@ def _git_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(here), *arguments],
+            ["git", "--no-optional-locks", "-C", str(here), *arguments],
             capture_output=True,
             text=True,
             check=True,

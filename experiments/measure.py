@@ -109,7 +109,7 @@ def _params(params, state):
 
 
 def _keyed(state, key):
-    """Give a replica's state a key of its own, where it has one."""
+    """Draw a key for a replica's state, where it has one."""
     if optax.tree.get_all_with_path(state, "key"):
         return optax.tree.set(state, key=key)
     return state

@@ -1,4 +1,4 @@
-"""What an experiment's algorithms would do on clusters that are not here."""
+"""What an experiment's algorithms would do on clusters, compiled ahead of time."""
 
 import dataclasses
 import time
@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from bagua_jax import Workers, planning
 from bagua_jax.experiments import catalog, tasks, train
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig
 from bagua_jax.experiments.folders import RunError, blame
 from bagua_jax.experiments.report import human_bytes
+from bagua_jax.experiments.tables import Table
 from bagua_jax.network import Network
 from bagua_jax.planning import Cluster, Plan
 
@@ -125,22 +124,17 @@ def table(rows: Sequence[Row], cluster: Cluster) -> Table:
         A table; ``*`` marks what a model finds fastest on a network.
     """
     timed = cluster.has_timeline
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    shown.add_column("algorithm", overflow="fold")  # the one that may be squeezed
-    for name in ("inside", "between", "memory"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("network", no_wrap=True)
-    columns = "XLA:\nstep ms", "\nexposed", "network:\nstep ms"
-    for name in columns if timed else ("network:\nms", "async"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    columns = ["inside", "between", "memory"]
+    columns += ["XLA: step ms", "XLA: exposed", "network: step ms"] * timed
+    columns += ["network: ms", "async"] * (not timed)
+    shown = []
     best = {(r.network, m): r for m in _MODELS for r in _fastest(rows, m)}
     last = ""
     for row in rows:
         plan, facts = row.plan, row.plan.facts()
-        own = [row.label, human_bytes(plan.bytes_inside)]
-        own += [human_bytes(plan.bytes_between), human_bytes(facts["memory_bytes"])]
-        cells = own if row.label != last else [""] * 4
-        cells.append(row.network)
+        own = [human_bytes(plan.bytes_inside), human_bytes(plan.bytes_between)]
+        own += [human_bytes(facts["memory_bytes"])]
+        cells = own if row.label != last else [""] * 3
         for model in ("xla", "network") if timed else ("communication",):
             star = "*" if best.get((row.network, model)) is row else " "
             cells.append(f"{_ms(_MODELS[model](plan))}{star}")
@@ -149,13 +143,13 @@ def table(rows: Sequence[Row], cluster: Cluster) -> Table:
         if not timed:
             sent = [c.asynchronous for c in plan.wire.collectives if c.weight]
             cells.append(f"{sum(sent)} of {len(sent)}")
-        shown.add_row(*cells)
+        shown.append([row.label if row.label != last else "", row.network, *cells])
         last = row.label
-    return shown
+    return Table(["algorithm", "network", *columns], shown, keys=2)
 
 
 def facts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Give every number of every row, for JSON."""
+    """Return every number of every row, for JSON."""
     return [
         {"algorithm": row.label, "network_name": row.network} | row.plan.facts()
         for row in rows

@@ -18,7 +18,8 @@ def progress(console: Console, label: str, done: int, steps: int) -> Iterator[Sh
     """Show how a run goes.
 
     Args:
-        console: where; a live bar if it is a terminal, else a line for each tenth.
+        console: where; a live bar if it is a terminal that can redraw, else a line for
+            each tenth.
         label: of the run.
         done: steps taken before.
         steps: of the whole run.
@@ -26,7 +27,7 @@ def progress(console: Console, label: str, done: int, steps: int) -> Iterator[Sh
     Yields:
         A function to call now and then.
     """
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         yield _plain_lines(console, label, done, steps)
         return
     counts = len(f"{steps}/{steps}")

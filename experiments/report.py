@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from bagua_jax.experiments import claims, folders
+from bagua_jax.experiments import claims, folders, integrity
+from bagua_jax.experiments.comparison import Comparison, Result
 from bagua_jax.experiments.config import ExperimentConfig
+from bagua_jax.experiments.integrity import RunError
+from bagua_jax.experiments.tables import Table
 
 __all__ = ["cumulative_bytes", "headline", "human_bytes", "judge", "write"]
-
-Result = tuple[ExperimentConfig, dict[str, Any]]
-"""The config of one run, resolved, and its summary."""
 
 
 def headline(config: ExperimentConfig, title: str) -> str:
@@ -50,7 +49,7 @@ def headline(config: ExperimentConfig, title: str) -> str:
 def write(
     config: ExperimentConfig,
     title: str,
-    results: Sequence[Result],
+    compared: Comparison,
     failures: Sequence[str],
     verdicts: Sequence[claims.Verdict],
     console: Console,
@@ -60,32 +59,35 @@ def write(
     Args:
         config: of the experiment.
         title: of the task.
-        results: of the runs that finished.
+        compared: the runs that finished, of this command and of earlier ones.
         failures: a line for each run that did not.
         verdicts: on the config's claims.
         console: where the table goes.
     """
-    folder = Path(config.output) / config.experiment
+    folder, results = Path(config.output) / config.experiment, compared.results
     console.print(f"\n[bold]{escape(headline(config, title))}", highlight=False)
     console.print(_table(results, console.width))
     console.print(f"[dim]{_caption(config)}", highlight=False)
+    if any(result.earlier for result in results):
+        console.print("* of an earlier command, with this setting.", highlight=False)
+    for line in _left_out(compared):
+        console.print(line, highlight=False, markup=False)
     for failure in failures:
         console.print(f"failed: {failure}", highlight=False, soft_wrap=True)
     if verdicts:
         console.print(_claims(verdicts))
-    folders.write_json(
-        folder / "results.json",
-        {
-            "title": headline(config, title),
-            "where": config.where,
-            "results": [
-                {"folder": folders.path_of(run).name, **summary}
-                for run, summary in results
-            ],
-            "failures": list(failures),
-            "claims": [verdict._asdict() for verdict in verdicts],
-        },
-    )
+    content = {
+        "title": headline(config, title),
+        "where": config.where,
+        "results": [
+            {"folder": folders.path_of(run).name, "earlier": earlier, **summary}
+            for run, summary, earlier in results
+        ],
+        "left_out": [left._asdict() for left in compared.left_out],
+        "failures": list(failures),
+        "claims": [verdict._asdict() for verdict in verdicts],
+    }
+    integrity.write_document(folder / "results.json", content, config.experiment)
     paths = _figures(config, title, results, folder)
     names = ", ".join(["results.json", *(path.name for path in paths)])
     console.print(f"In {folder}: {names}", highlight=False, soft_wrap=True)
@@ -100,27 +102,29 @@ def judge(
         stated: the claims.
         results: of these runs.
     """
-    summaries = {summary["label"]: summary for _, summary in results}
-    metrics = {summary["label"]: _metrics(run) for run, summary in results}
+    summaries = {result.summary["label"]: result.summary for result in results}
+    metrics = {result.summary["label"]: _metrics(result.run) for result in results}
     return claims.judge(stated, summaries, metrics)
 
 
 def _metrics(run: ExperimentConfig) -> list[dict[str, Any]]:
-    return folders.read_lines(folders.path_of(run) / "metrics.jsonl")
+    path = folders.path_of(run) / "metrics.jsonl"
+    found = integrity.read(path, folders.name_of(run))
+    if found.fault:
+        raise RunError(f"{found.fault}. The same command mends it.")
+    return found.records
 
 
 # --- the tables ---
 
 
 def _claims(verdicts: Sequence[claims.Verdict]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for header in ("claim", "measured"):
-        table.add_column(header, overflow="fold")
-    table.add_column("holds", no_wrap=True)
-    for claim, measured, holds in verdicts:
-        word = "yes" if holds else "[bold red]no[/]"
-        table.add_row(escape(claim), escape(measured), word)
-    return table
+    rows = (
+        (claim, measured, Text("yes") if holds else Text("no", "bold red"))
+        for claim, measured, holds in verdicts
+    )
+    headers = ["claim", "measured", "holds"]
+    return Table(headers, rows, left=headers)
 
 
 def human_bytes(number: float) -> str:
@@ -138,7 +142,9 @@ def human_bytes(number: float) -> str:
 def _metric(results: Sequence[Result]) -> str:
     """Name the metric that stands for a task: the first that its evaluation gives."""
     return next(
-        key.removeprefix("eval/") for key in results[0][1] if key.startswith("eval/")
+        key.removeprefix("eval/")
+        for key in results[0].summary
+        if key.startswith("eval/")
     )
 
 
@@ -154,7 +160,7 @@ def _number(metric: str, value: float) -> str:
 def _table(results: Sequence[Result], width: int) -> Table:
     metric = _metric(results)
     is_wide = width >= 98
-    columns = {  # header, one word a line: what it shows of a summary
+    columns = {  # header: what it shows of a summary
         _words(metric): lambda s: _number(metric, s[f"eval/{metric}"]),
         "over workers": lambda s: _spread(metric, s),
         "final loss": lambda s: f"{s['train/loss_last_10']:.3g}",
@@ -167,24 +173,17 @@ def _table(results: Sequence[Result], width: int) -> Table:
         del columns["over workers"]
         short = {"messages /step": "msgs /step", "consensus distance²": "cons. dist.²"}
         columns = {short.get(name, name): show for name, show in columns.items()}
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("algorithm", style="bold", no_wrap=True)
-    for name in columns:
-        table.add_column("\n".join(name.split()), justify="right", no_wrap=is_wide)
     lasting = ("/step", "/s")  # columns that a run which diverged has as well
-    for _, summary in results:
+    rows = []
+    for result in results:
+        summary = result.summary
         gone = summary.get("diverged")
         cells = (
             "diverged" if gone and not name.endswith(lasting) else show(summary)
             for name, show in columns.items()
         )
-        table.add_row(summary["label"], *cells)
-    return table
+        rows.append([Text(result.label, "bold"), *cells])
+    return Table(["algorithm", *columns], rows)
 
 
 def _sent(summary: dict[str, Any], key: str, show: Callable[[float], str]) -> str:
@@ -214,6 +213,16 @@ def _caption(config: ExperimentConfig) -> str:
         "consensus distance²: mean over workers of |x_i - mean|². Workers of one "
         "machine share its cores: steps/s says nothing about a cluster."
     )
+
+
+def _left_out(compared: Comparison) -> Iterable[str]:
+    """Name runs of earlier commands that are not compared, those alike on one line."""
+    reasons: dict[str, list[str]] = {}
+    for folder, because in compared.left_out:
+        reasons.setdefault(because, []).append(folder)
+    for because, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"not compared: {', '.join(names[:3])}{more}: {because}"
 
 
 # --- the figures ---
@@ -255,7 +264,10 @@ def _figures(
     import matplotlib.pyplot as plt
 
     style = Path(str(resources.files("bagua_jax.experiments"))) / "bagua.mplstyle"
-    curves = [(summary, _metrics(run)) for run, summary in results]
+    curves = [
+        (result.summary | {"label": result.label}, _metrics(result.run))
+        for result in results
+    ]
     metric = _metric(results)
     paths = []
     with plt.style.context(str(style)):

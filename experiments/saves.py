@@ -1,22 +1,59 @@
-"""What a worker that waits for nobody saves, by itself, and goes on from."""
+"""Per-worker checkpoints of asynchronous runs (one .npz per worker).
 
+The file is NumPy's ``.npz``, followed by the SHA-256 of its bytes: nothing is read of a
+file that is not as it was written. Its entry ``about`` says whose it is.
+"""
+
+import errno
+import hashlib
+import io
+import json
 import os
-import zipfile
-import zlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from bagua_jax.experiments import trees
-from bagua_jax.experiments.folders import RunError
+from bagua_jax import saving
+from bagua_jax.experiments.integrity import Mark, RunError
 
-__all__ = ["load", "save", "steps_of"]
+__all__ = ["About", "about", "load", "save"]
+
+_TRAILER = b"\nsha256:"
+_LENGTH = len(_TRAILER) + 64
 
 
-def save(folder: Path, worker: int, state: Any, steps: int) -> None:
+class About(NamedTuple):
+    """What a save says of itself.
+
+    Attributes:
+        run: whose it is, as :func:`bagua_jax.experiments.integrity.digest` names it.
+        worker: which.
+        steps: local steps that led to it.
+        marks: of the worker's journals when it was made, by file name.
+    """
+
+    run: str
+    worker: int
+    steps: int
+    marks: dict[str, Mark]
+
+
+PATIENCE_S = 10.0
+"""How long a save waits for a free file descriptor."""
+
+
+def save(
+    folder: Path,
+    worker: int,
+    state: Any,
+    steps: int,
+    *,
+    run: str = "",
+    marks: Mapping[str, Mark] | None = None,
+) -> None:
     """Write a worker's state, whole or not at all, over what it saved before.
 
     Args:
@@ -24,16 +61,23 @@ def save(folder: Path, worker: int, state: Any, steps: int) -> None:
         worker: which.
         state: tree of arrays.
         steps: local steps that led to it.
+        run: whose it is.
+        marks: of the worker's journals.
 
     Raises:
         RunError: if it cannot be written.
     """
-    arrays: dict[str, Any] = {k: np.asarray(x) for k, x in trees.pack(state).items()}
+    leaves = saving.to_arrays(state).items()
+    arrays: dict[str, Any] = {k: np.asarray(x) for k, x in leaves}
+    own = About(run, worker, steps, dict(marks or {}))
     path = _saved(folder, worker)
     part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            np.savez(file, steps=steps, **arrays)
+        with _create(part) as file:
+            np.savez(file, about=json.dumps(own._asdict()), **arrays)
+            file.seek(0)
+            check = hashlib.file_digest(file, "sha256").hexdigest()
+            file.write(_TRAILER + check.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -48,64 +92,89 @@ def save(folder: Path, worker: int, state: Any, steps: int) -> None:
         ) from None
 
 
-def load(folder: Path, worker: int, like: Any) -> tuple[Any, int]:
+def load(folder: Path, worker: int, like: Any, *, run: str = "") -> tuple[Any, int]:
     """Read what a worker saved.
 
     Args:
         folder: of the run.
         worker: which.
-        like: tree of arrays with the wished structure, shapes and dtypes.
+        like: tree of arrays with the target structure, shapes and dtypes.
+        run: whose it must be.
 
     Returns:
         The state, a tree like ``like``, and the steps.
 
     Raises:
-        RunError: if there is nothing, or nothing that can be read and fits.
+        RunError: if there is nothing, or nothing that is whole, this worker's, and
+            fits.
     """
-    path = _saved(folder, worker)
-    if not path.exists():
+    own, arrays = _read(folder, worker, run)
+    if own is None:
         raise RunError(f"worker {worker} has saved nothing in {folder} to resume from.")
-    arrays = _read(path)
-    steps = int(arrays.pop("steps"))
-    wanted = trees.pack(like)
+    wanted = saving.to_arrays(like)
     if _types(arrays) != _types(wanted):
         raise RunError(
-            f"{path} is of another model or optimizer. Move the folder away, or start "
-            "afresh with --overwrite."
+            f"{_saved(folder, worker)} is of another model or optimizer. {_CURE}"
         )
-    found = {k: jnp.asarray(x.view(wanted[k].dtype)) for k, x in arrays.items()}
-    return trees.unpack(found, like), steps
+    return saving.from_arrays(arrays, like), own.steps
 
 
-def steps_of(folder: Path, workers: int) -> list[int] | None:
-    """Say how far each worker of a run had come when it last saved.
-
-    Returns:
-        Steps of each worker; ``None`` if one of them has not saved yet.
+def about(folder: Path, worker: int, *, run: str = "") -> About | None:
+    """Read what a worker's save says of itself; ``None`` if it has not saved yet.
 
     Raises:
-        RunError: if what one saved cannot be read.
+        RunError: if it is not whole, or not this worker's.
     """
-    paths = [_saved(folder, worker) for worker in range(workers)]
-    if not all(path.exists() for path in paths):
-        return None
-    return [int(_read(path)["steps"]) for path in paths]
+    return _read(folder, worker, run)[0]
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """Read what a worker saved; every array has a checksum in the file."""
+_CURE = "Move the folder away, or start afresh with --overwrite."
+
+
+def _read(
+    folder: Path, worker: int, run: str
+) -> tuple[About | None, dict[str, np.ndarray]]:
+    """Read what a worker saved, and whose it is."""
+    path = _saved(folder, worker)
     try:
-        with open(path, "rb") as raw, np.load(raw) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        whole = path.read_bytes()
+    except FileNotFoundError:
+        return None, {}
+    if whole[-_LENGTH:-64] != _TRAILER:
         raise RunError(
-            f"{path} cannot be read: {error}. It was altered or is not whole; start "
-            "afresh with --overwrite."
-        ) from None
+            f"{path} cannot be read: it carries no checksum. An earlier version wrote "
+            f"it, or its end is lost. {_CURE}"
+        )
+    body = memoryview(whole)[:-_LENGTH]
+    if hashlib.sha256(body).hexdigest().encode() != whole[-64:]:
+        raise RunError(f"{path} cannot be read: it was altered. {_CURE}")
+    with np.load(io.BytesIO(body)) as file:
+        arrays = {name: file[name] for name in file.files}
+    own = About(**json.loads(str(arrays.pop("about"))))
+    if (own.run, own.worker) != (run, worker):
+        raise RunError(
+            f"{path} is of worker {own.worker} of run {own.run!r}; this is worker "
+            f"{worker} of run {run!r}. {_CURE}"
+        )
+    return own, arrays
+
+
+def _create(path: Path) -> io.BufferedRandom:
+    """Open a file to write it; where no descriptor is free, wait for one."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return open(path, "w+b")
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
 
 
 def _types(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Give shapes and dtypes; NumPy reads a bfloat16 back as two bytes of no type."""
+    """Return shapes and dtypes; NumPy reads a bfloat16 back as two bytes of no type."""
     return {k: (x.shape, np.dtype(x.dtype).str[1:]) for k, x in arrays.items()}
 
 

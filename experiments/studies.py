@@ -66,12 +66,12 @@ T = TypeVar("T")
 
 
 def choose(full: T, fast: T) -> T:
-    """Give the first, or in fast mode the second."""
+    """Return the first, or in fast mode the second."""
     return fast if FAST else full
 
 
 def need_devices(count: int) -> None:
-    """Have so many devices, on a CPU as parts of it, if JAX has not started yet."""
+    """Request `count` devices (host devices on CPU); no effect once JAX has started."""
     import jax
 
     try:
@@ -177,7 +177,7 @@ def label_ends(axes: Any, gap: float = 11.0, width: float = 0.3) -> None:
 
 
 def _last_seen(points: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Give the last point of a polyline between two heights, or where it leaves them.
+    """Return the last point of a polyline between two heights, or where it leaves them.
 
     >>> _last_seen(np.array([[0.0, 4.0], [2.0, 0.0]]), 1.0, 5.0).tolist()
     [1.5, 1.0]
@@ -258,7 +258,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def _prose(name: str) -> list[str]:
-    """Give the text cells of a study, as Markdown; the first states its question."""
+    """Return the text cells of a study, as Markdown; the first states its question."""
     text = (_HOME / "notebooks" / f"{name}.py").read_text(encoding="utf-8")
     cells = text.split("# %% [markdown]\n")[1:]
     bodies = (cell.split("\n# %%")[0] for cell in cells)
@@ -327,7 +327,7 @@ def _page(sections: dict[str, str]) -> str:
 def _machine() -> str:
     """Name the processor, and how much of it there is."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text("utf-8")
         (model,) = set(re.findall(r"model name\s*: (.*)", text))
     except (OSError, ValueError):
         import platform

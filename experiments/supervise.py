@@ -4,6 +4,9 @@ Nothing here imports jax. The supervisor polls exit codes, and every process tel
 through a pipe what it is at, so that one that hangs is noticed as well. Processes are
 stopped with SIGKILL, because jax.distributed keeps SIGTERM to itself, and because it is
 safe: a run continues after it bit for bit.
+
+What is started again together is a team: all processes that ``jax.distributed`` joins
+are one, and a worker of asynchronous pairs is one by itself.
 """
 
 import contextlib
@@ -15,12 +18,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["CRASHED", "Policy", "beat", "is_launched", "supervise", "tie"]
+from bagua_jax.experiments.config import ConfigError, require_ranges
+
+__all__ = [
+    "CRASHED",
+    "Policy",
+    "Program",
+    "beat",
+    "free_addresses",
+    "is_launched",
+    "supervise",
+    "tie",
+]
 
 CRASHED = 3
 """Exit status of a process that failed for a reason that may be gone the next time."""
@@ -30,6 +44,8 @@ _BEAT = "BAGUA_JAX_BEAT"
 _SUPERVISOR = "BAGUA_JAX_SUPERVISOR"
 _POLL = 0.05
 _QUICK = ("step", "evaluating", "saving")
+_WAITING = "waiting"
+"""Phase of a process that is done, and waits for others however long they take."""
 _LONGEST = 60.0
 """Seconds that the back-off does not grow beyond."""
 
@@ -38,7 +54,7 @@ _LONGEST = 60.0
 
 
 def is_launched() -> bool:
-    """Say whether ``bagua-jax launch`` started this process."""
+    """Say whether a supervisor started this process."""
     return _PROCESS in os.environ
 
 
@@ -47,13 +63,22 @@ def tie() -> None:
 
     On Linux the kernel sees to it. Elsewhere the process notices at its next step that
     nobody listens.
+
+    Raises:
+        ConfigError: if the environment says so, and no supervisor is this process's
+            parent.
     """
     faulthandler.register(signal.SIGUSR1)  # asked for where it hangs
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(os.environ[_SUPERVISOR]):  # it was quicker
-        os._exit(CRASHED)
+    if os.environ.get(_SUPERVISOR) != str(os.getppid()):  # or it was quicker
+        raise ConfigError(
+            f"{_PROCESS}={os.environ[_PROCESS]!r} is in the environment, and no "
+            "supervisor has started this process. `bagua-jax launch` and `bagua-jax "
+            f"async` set {_PROCESS}, {_SUPERVISOR} and {_BEAT} for the processes that "
+            "they start: unset them."
+        )
 
 
 def beat(phase: str, label: str = "", step: int = 0) -> None:
@@ -78,14 +103,33 @@ def beat(phase: str, label: str = "", step: int = 0) -> None:
 # --- the supervisor ---
 
 
-class Policy(NamedTuple):
-    """What is done about a process that dies or hangs; see ``bagua-jax launch``."""
+@dataclass(frozen=True)
+class Policy:
+    """What is done about a process that dies or hangs."""
 
     restarts: int = 0
+    """How often at most what died or hung is started again."""
     fruitless: int = 1
+    """Give up after this many consecutive restarts without a new step."""
     backoff: float = 1.0
+    """Seconds before a restart; doubled after each one that gained no step."""
     stuck_after: float = 60.0
+    """Seconds in which a process must finish a step, an evaluation or a checkpoint."""
     start_within: float = 600.0
+    """Seconds in which a process must start, compile, or write the report."""
+
+    def __post_init__(self):
+        count, seconds = (0, 10**6), (0, 10**9)
+        ranges = dict.fromkeys(("restarts", "fruitless"), count)
+        ranges |= dict.fromkeys(("backoff", "stuck_after", "start_within"), seconds)
+        require_ranges(self, ranges)
+
+
+class Program(NamedTuple):
+    """What a process runs: words, and what is added to the environment."""
+
+    words: Sequence[str]
+    env: Mapping[str, str] = {}
 
 
 @dataclass
@@ -96,6 +140,8 @@ class _Process:
     popen: subprocess.Popen
     pipe: int
     log: Path
+    read: int  # so much of its log was read
+    shown: bool  # its output is the supervisor's, and so is what it would tell its user
     phase: str = "starting"
     label: str = ""
     step: int = 0
@@ -103,13 +149,49 @@ class _Process:
     rest: bytes = b""
 
     def listen(self) -> None:
-        """Read what it has said since."""
+        """Read what it has said since; pass on what is meant for the user."""
         with contextlib.suppress(BlockingIOError):
             while heard := os.read(self.pipe, 65536):
                 *lines, self.rest = (self.rest + heard).split(b"\n")
                 if lines:
                     self.phase, self.label, step = lines[-1].decode().split("\t")
                     self.step, self.since = int(step), time.monotonic()
+        if not self.shown:
+            return
+        with open(self.log, "rb") as file:
+            file.seek(self.read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.read += len(line)
+                if line.startswith(b"bagua-jax: "):
+                    text = line.decode(errors="replace")
+                    print(text, end="", file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Team:
+    """Processes that start and stop together, and how that went."""
+
+    programs: Callable[[int], Sequence[Program]]
+    first: int  # index of its first process
+    processes: list[_Process] = field(default_factory=list)
+    attempts: int = 0
+    due: float = 0.0
+    furthest: tuple[int, int] = (-1, -1)  # behind one that has done nothing
+    fruitless: int = 0
+    status: int | None = None  # how it ended
+
+    def stop(self) -> None:
+        """Leave no process."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.popen.pid, signal.SIGKILL)  # and what it started
+        while self.processes:
+            process = self.processes.pop()
+            process.popen.wait()
+            process.listen()  # to its last words
+            os.close(process.pipe)
 
 
 class _Failure(NamedTuple):
@@ -119,142 +201,174 @@ class _Failure(NamedTuple):
 
 
 def supervise(
-    command: Sequence[str],
+    teams: Sequence[Callable[[int], Sequence[Program]]],
     count: int,
     folder: Path,
     *,
+    name: str,
     labels: Sequence[str],
     workers: int,
     policy: Policy,
-) -> int:
-    """Run a command in several processes until all have finished.
+    log: str = "{}.log",
+    shown: bool = True,
+    fatal: Container[int] = (),
+    look: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """Run programs in several processes until all have finished, or are given up.
 
     Args:
-        command: a program and its arguments, the same for every process.
-        count: how many processes.
-        folder: for their logs, ``0.log`` and so on; it exists.
+        teams: for each team what its processes run, by how often it was started before.
+            Teams are of one size.
+        count: processes of all teams.
+        folder: for their logs; it exists.
+        name: of the command, in messages.
         labels: of the runs that they do, in order.
         workers: of all processes together.
         policy: what is done about a process that dies or hangs.
+        log: file name of a process's log.
+        shown: whether the first process's output is this one's, and not in its log.
+        fatal: exit statuses that end all teams.
+        look: called now and then.
 
     Returns:
-        0, or the exit status of the first process that failed, 128 and the signal's
-        number if one killed it, as shells have it.
+        For each team 0, or the exit status of the process for which it was given up,
+        128 and the signal's number if one killed it, as shells have it. Teams that
+        were ended for another's have that one's.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; no process is left then, nor in any other case.
     """
-    furthest, fruitless, restarts = (0, 0), 0, 0
-    while True:
-        with _started(command, count, folder, fresh=not restarts) as processes:
-            failure = _watch(processes, policy)
-        if failure is None:
-            return 0
-        _report(failure, processes, workers)
+    size = count // len(teams)
+    groups = [_Team(programs, k * size) for k, programs in enumerate(teams)]
+    restarts = 0
+
+    def say(message: str) -> None:
+        print(f"bagua-jax: {name}: {message}", file=sys.stderr, flush=True)
+
+    def again(team: _Team, failure: _Failure, reached: tuple[int, int]) -> bool:
+        """Decide whether a team is started once more."""
+        nonlocal restarts
         if failure.status not in (CRASHED, *range(128, 256)):
-            return failure.status  # it has said itself that it cannot go on
-        reached = max(_progress(p, labels) for p in processes)
-        fruitless = 0 if reached > furthest else fruitless + 1
-        furthest = max(furthest, reached)
+            return False  # it has said itself that it cannot go on
+        team.fruitless = 0 if reached > team.furthest else team.fruitless + 1
+        team.furthest = max(team.furthest, reached)
         if restarts == policy.restarts:
             if restarts:
-                _say(f"gives up after {restarts} restarts.")
-            return failure.status
-        if fruitless and fruitless >= policy.fruitless:
-            _say("gives up: no step was gained since the failure before.")
-            return failure.status
+                say(f"gives up after {restarts} restarts.")
+            return False
+        if team.fruitless and team.fruitless >= policy.fruitless:
+            say("gives up: no step was gained since the failure before.")
+            return False
         restarts += 1
-        wait = min(policy.backoff * 2**fruitless, _LONGEST)
-        _say(f"restart {restarts} of {policy.restarts} at most, in {wait:g} s")
-        time.sleep(wait)
+        wait = min(policy.backoff * 2**team.fruitless, _LONGEST)
+        say(f"restart {restarts} of {policy.restarts} at most, in {wait:g} s")
+        team.due = time.monotonic() + wait
+        return True
 
-
-def _progress(process: _Process, labels: Sequence[str]) -> tuple[int, int]:
-    if process.label not in labels:
-        return 0, 0
-    return labels.index(process.label), process.step
-
-
-def _say(message: str) -> None:
-    print(f"bagua-jax: launch: {message}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _started(
-    command: Sequence[str], count: int, folder: Path, *, fresh: bool
-) -> Iterator[list[_Process]]:
-    """Start the processes; none is left at the end, however it comes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    cache = folder / "compiled"
-    shared = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache.absolute()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes: list[_Process] = []
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        for index in range(count):
-            read, write = os.pipe()
-            os.set_blocking(read, False)
-            os.set_blocking(write, False)
-            own = {_PROCESS: f"{index}/{count}", _BEAT: str(write)}
-            own[_SUPERVISOR] = str(os.getpid())
-            path = folder / f"{index}.log"
-            with open(path, "wb" if fresh else "ab") as log:
-                popen = subprocess.Popen(
-                    command,
-                    env=shared | os.environ | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=None if index == 0 else log,
-                    stderr=log,
-                    pass_fds=(write,),
-                    start_new_session=True,  # Ctrl-C is for the supervisor
-                )
-            os.close(write)
-            processes.append(_Process(index, popen, read, path))
-        yield processes
+        while any(team.status is None for team in groups):
+            for team in groups:
+                if team.status is not None:
+                    continue
+                if not team.processes:
+                    if time.monotonic() >= team.due:
+                        _start(team, count, folder, log, shown)
+                    continue
+                outcome = _watch(team, groups, policy)
+                if outcome is None:
+                    continue
+                reached = max(_progress(p, labels) for p in team.processes)
+                team.stop()
+                if isinstance(outcome, int):
+                    team.status = outcome
+                    continue
+                ends = len(groups) == 1 or outcome.status in fatal
+                _report(outcome, workers // count, ends, say)
+                if not again(team, outcome, reached):
+                    team.status = outcome.status
+                if outcome.status in fatal:
+                    statuses = (each.status for each in groups)
+                    return [outcome.status if s is None else s for s in statuses]
+            look()
+            time.sleep(_POLL)
     finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.popen.pid, signal.SIGKILL)  # and what it started
-        for process in processes:
-            process.popen.wait()
-            process.listen()
-            os.close(process.pipe)
+        for team in groups:
+            team.stop()
         signal.signal(signal.SIGTERM, before)
+    return [team.status or 0 for team in groups]
+
+
+def free_addresses(count: int, host: str = "127.0.0.1") -> list[str]:
+    """Find different ports that nobody has now; others may, before they are used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket(family)) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        ports = [probe.getsockname()[1] for probe in probes]
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for port in ports]
 
 
 def _terminated(number, frame) -> None:
     raise SystemExit(128 + number)
 
 
-def _watch(processes: Sequence[_Process], policy: Policy) -> _Failure | None:
-    """Wait until all have finished, or one fails."""
-    said = open(processes[0].log, encoding="utf-8", errors="replace")  # noqa: SIM115
-    with said:
-        while True:
-            time.sleep(_POLL)
-            codes = [process.popen.poll() for process in processes]
-            for process in processes:
-                process.listen()
-            for line in said:
-                if line.startswith("bagua-jax: "):  # what it would tell its user
-                    print(line, end="", file=sys.stderr, flush=True)
-            if not any(code is None for code in codes) and not any(codes):
-                return None
-            # One that a signal killed comes first: it is why the others failed.
-            for process, code in sorted(
-                zip(processes, codes, strict=True), key=lambda pair: pair[1] or 0
-            ):
-                if code:
-                    return _Failure(process, *_cause(code))
-            if stuck := _stuck(processes, policy):
-                return stuck
+def _start(team: _Team, count: int, folder: Path, log: str, shown: bool) -> None:
+    """Start the processes of a team."""
+    shared = {  # compiled by one process, read by others and by one that comes back
+        "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "OMP_NUM_THREADS": "1",
+    }
+    programs = team.programs(team.attempts)
+    for index, program in enumerate(programs, team.first):
+        path = folder / log.format(index)
+        read, write = os.pipe()
+        try:
+            os.set_blocking(read, False)
+            os.set_blocking(write, False)
+            own = {_PROCESS: f"{index}/{count}", _BEAT: str(write)}
+            own[_SUPERVISOR] = str(os.getpid())
+            with open(path, "ab" if team.attempts else "wb") as file:
+                begins = file.tell()
+                popen = subprocess.Popen(
+                    program.words,
+                    env={**shared, **os.environ, **program.env, **own},
+                    stdin=subprocess.DEVNULL,
+                    stdout=None if shown and not index else file,
+                    stderr=file,
+                    pass_fds=(write,),
+                    start_new_session=True,  # Ctrl-C is for the supervisor
+                )
+        except BaseException:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        process = _Process(index, popen, read, path, begins, shown and not index)
+        team.processes.append(process)
+    team.attempts += 1
+
+
+def _watch(
+    team: _Team, groups: Sequence[_Team], policy: Policy
+) -> "_Failure | int | None":
+    """Find out whether a team has finished (0), has failed, or goes on."""
+    for process in team.processes:
+        process.listen()
+    codes = [process.popen.poll() for process in team.processes]
+    if not any(code is None for code in codes) and not any(codes):
+        return 0
+    # One that a signal killed comes first: it is why the others failed.
+    for process, code in sorted(
+        zip(team.processes, codes, strict=True), key=lambda pair: pair[1] or 0
+    ):
+        if code:
+            process.listen()
+            return _Failure(process, *_cause(code))
+    return _stuck(team, groups, policy)
 
 
 def _cause(code: int) -> tuple[str, int]:
@@ -264,37 +378,49 @@ def _cause(code: int) -> tuple[str, int]:
     return f"was killed by {name}", 128 - code
 
 
-def _stuck(processes: Sequence[_Process], policy: Policy) -> _Failure | None:
+def _stuck(team: _Team, groups: Sequence[_Team], policy: Policy) -> _Failure | None:
     """Find the process that the others wait for, if nothing happens for too long."""
-    living = [p for p in processes if p.popen.poll() is None]
-    now = time.monotonic()
+    living = [p for p in team.processes if p.popen.poll() is None]
     for process in living:
-        quick = process.phase in _QUICK
-        limit = policy.stuck_after if quick else policy.start_within
-        if now - process.since > limit:
+        since, limit = process.since, policy.start_within
+        if process.phase in _QUICK:
+            limit = policy.stuck_after
+        elif process.phase == _WAITING:  # as long as any other moves
+            since = max(p.since for each in groups for p in each.processes)
+        if time.monotonic() - since > limit:
             culprit = min(living, key=lambda p: p.since)
             for p in living:  # a stack in its log
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(p.popen.pid, signal.SIGUSR1)
             time.sleep(0.5)
-            reason = f"has not moved for {now - culprit.since:.0f} s"
+            waited = time.monotonic() - culprit.since
+            reason = f"has not moved for {waited:.0f} s"
             return _Failure(culprit, reason, 128 + signal.SIGALRM)
     return None
 
 
-def _report(failure: _Failure, processes: Sequence[_Process], workers: int) -> None:
+def _progress(process: _Process, labels: Sequence[str]) -> tuple[int, int]:
+    if process.label not in labels:
+        return -1, 0
+    return labels.index(process.label), process.step
+
+
+def _report(
+    failure: _Failure, own: int, ends: bool, say: Callable[[str], None]
+) -> None:
     """Say which process failed, where it was, why, and what its log ends with."""
-    process, own = failure.process, workers // len(processes)
+    process, reason, _ = failure
     first = process.index * own
     whose = f"worker {first}" if own == 1 else f"workers {first} to {first + own - 1}"
     at = f"step {process.step}" if process.phase == "step" else process.phase
     at += f" of {process.label}" if process.label else ""
-    _say(
+    fate = "all are stopped" if ends else "the others go on"
+    say(
         f"process {process.index} ({whose}, host {socket.gethostname()}) "
-        f"{failure.reason} at {at}; all are stopped. Its log is {process.log}."
+        f"{reason} at {at}; {fate}. Its log is {process.log}."
     )
     lines = process.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [x for x in lines if not x.startswith("[Gloo]")][-8:]
+    lines = [x for x in lines if x.strip() and not x.startswith("[Gloo]")][-8:]
     for line in lines:
-        if process.index or not line.startswith("bagua-jax: "):  # shown before
-            print(f"    {line}", file=sys.stderr, flush=True)
+        if not process.shown or not line.startswith("bagua-jax: "):  # shown before
+            print(f"    {line:.1000}", file=sys.stderr, flush=True)

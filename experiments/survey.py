@@ -2,8 +2,8 @@
 
 ``python -m bagua_jax.experiments.survey`` compiles the step of each on a model with
 ResNet-50's 25,557,032 parameters for eight workers, counts the collectives of the
-compiled programs, and writes docs/algorithms.md and the numbers that ``bagua-jax list``
-shows.
+compiled programs, and writes docs/algorithms.md, README's table of families, and the
+numbers that ``bagua-jax list`` shows. What was counted before is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bagua_jax.algorithms import REGISTRY
+from bagua_jax.entries import Entry
+
 if TYPE_CHECKING:
     from bagua_jax import Workers
     from bagua_jax.wire import WireCount
@@ -24,6 +27,7 @@ __all__ = [
     "SURVEY",
     "Row",
     "count",
+    "families",
     "label",
     "measure",
     "program",
@@ -36,381 +40,26 @@ WORKERS = 8
 
 
 class Row(NamedTuple):
-    """One configuration of an algorithm.
-
-    Attributes:
-        algorithm: its name in the registry.
-        options: its arguments, as a config writes them.
-        peers: which peers have it; in brackets, those that have a part of it.
-        invariant: what stays true on every step, and is tested to rounding.
-        oracle: the NumPy oracle in ``tests/oracles``, as module.function.
-        known_as: what the literature calls this configuration, where its name is not
-            the algorithm's.
-    """
+    """A configuration of an algorithm: an example of the registry, with its name."""
 
     algorithm: str
     options: Mapping[str, Any]
-    peers: str
-    invariant: str
-    oracle: str
     known_as: str = ""
+    peers: str = ""
+    invariant: str = ""
+
+    @property
+    def entry(self) -> Entry:
+        """What is known of the algorithm."""
+        return REGISTRY[self.algorithm]
 
 
-_GOSSIP = "mean of x moves by the mean update"
-_ERRORS = "sent + errors = gradients, summed over time"
-
-SURVEY = (
-    Row(
-        "gradient_allreduce",
-        {},
-        "Bagua, DDP, Horovod, BytePS, DeepSpeed, BlueFog",
-        "the mean gradient",
-        "algorithms.gradient_allreduce",
-    ),
-    Row(
-        "bytegrad",
-        {},
-        "Bagua, DDP, DeepSpeed, GRACE, hivemind, OpenDiLoCo, CocktailSGD, CGX, EQuARX",
-        "replicas equal bit for bit",
-        "algorithms.bytegrad",
-    ),
-    Row(
-        "bytegrad",
-        {"error_feedback": "both"},
-        "DeepSpeed, BytePS, CocktailSGD (all with other codes)",
-        _ERRORS,
-        "algorithms.bytegrad",
-    ),
-    Row(
-        "compressed_mean",
-        {"compressor": "cast(bfloat16)"},
-        "DDP, Horovod, BytePS, DeepSpeed, GRACE, hivemind, OpenDiLoCo, EQuARX "
-        "(MaxText, CGX)",
-        "replicas equal bit for bit",
-        "gradient_side.compressed_mean",
-        "bfloat16 on the wire",
-    ),
-    Row(
-        "compressed_mean",
-        {"compressor": "qsgd(levels=7, bucket=512)"},
-        "BytePS, GRACE, epfml, CGX, FedJAX, fl_pytorch",
-        "unbiased",
-        "gradient_side.compressed_mean",
-        "QSGD, 4 bits",
-    ),
-    Row(
-        "compressed_mean",
-        {"compressor": "terngrad(clip=2.5)"},
-        "GRACE, FedJAX, fl_pytorch",
-        "replicas equal bit for bit",
-        "gradient_side.compressed_mean",
-        "TernGrad",
-    ),
-    Row(
-        "compressed_mean",
-        {"compressor": "sign(l1)", "error_feedback": "both"},
-        "BytePS, DeepSpeed, GRACE, epfml (DeMo)",
-        _ERRORS,
-        "gradient_side.compressed_mean",
-        "DoubleSqueeze, EF-signSGD",
-    ),
-    Row(
-        "compressed_mean",
-        {"compressor": "topk(0.01)", "plan": "all_gather"},
-        "BytePS, GRACE, epfml, CocktailSGD, fl_pytorch (DeMo)",
-        _ERRORS,
-        "gradient_side.compressed_mean",
-        "MEM-SGD, EF-SGD",
-    ),
-    Row(
-        "compressed_mean",
-        {"compressor": "randk(0.01)"},
-        "BytePS, GRACE, CocktailSGD, fl_pytorch (epfml)",
-        "unbiased",
-        "gradient_side.compressed_mean",
-        "random-k, shared mask",
-    ),
-    Row(
-        "diana",
-        {"compressor": "qsgd(levels=7, bucket=512)"},
-        "fl_pytorch",
-        "h = mean of h_i",
-        "gradient_side.diana",
-    ),
-    Row(
-        "marina",
-        {"compressor": "randk(0.01, mask=private)", "probability": 0.01},
-        "fl_pytorch",
-        "g = the mean gradient after each dense step",
-        "estimators.marina",
-    ),
-    Row(
-        "ef21",
-        {"compressor": "topk(0.01)"},
-        "fl_pytorch",
-        "g = mean of g_i",
-        "gradient_side.ef21",
-    ),
-    Row(
-        "dgc",
-        {"density": 0.001},
-        "GRACE, epfml (BytePS)",
-        "sent + v = momentum, summed over time",
-        "gradient_side.dgc",
-    ),
-    Row(
-        "powersgd",
-        {"rank": 2},
-        "DDP, GRACE, hivemind, epfml",
-        _ERRORS,
-        "gradient_side.powersgd",
-    ),
-    Row(
-        "delayed_gradients",
-        {"staleness": 1},
-        "(hivemind, SGP, torchft, CocktailSGD, MaxText)",
-        "the mean gradient of tau steps ago",
-        "gradient_side.delayed_gradients",
-    ),
-    Row(
-        "adasum",
-        {},
-        "Horovod",
-        "replicas equal bit for bit",
-        "estimators.adasum",
-    ),
-    Row(
-        "qadam",
-        {"learning_rate": 1e-3},
-        "Bagua",
-        "replicas equal bit for bit",
-        "algorithms.qadam",
-    ),
-    Row(
-        "signum",
-        {"learning_rate": 1e-4},
-        "GRACE (DeMo)",
-        "vote = sign of the sum of signs",
-        "gradient_side.signum",
-    ),
-    Row(
-        "one_bit_adam",
-        {"learning_rate": 1e-3},
-        "DeepSpeed (Bagua)",
-        "replicas equal bit for bit",
-        "gradient_side.one_bit_adam",
-    ),
-    Row(
-        "zero_one_adam",
-        {"learning_rate": 1e-3},
-        "DeepSpeed",
-        "replicas equal bit for bit after each exchange",
-        "optimizers.zero_one_adam",
-        "0/1 Adam",
-    ),
-    Row(
-        "one_bit_lamb",
-        {"learning_rate": 1e-3},
-        "DeepSpeed",
-        "replicas equal bit for bit",
-        "optimizers.one_bit_lamb",
-    ),
-    Row(
-        "demo",
-        {"learning_rate": 1e-3},
-        "DeMo",
-        "replicas equal bit for bit",
-        "optimizers.demo",
-    ),
-    Row(
-        "gradient_tracking",
-        {"learning_rate": 0.1},
-        "BlueFog, epfml",
-        "mean of y = mean gradient",
-        "optimizers.gradient_tracking",
-        "DIGing, DSGT",
-    ),
-    Row(
-        "decentralized",
-        {"topology": "ring"},
-        "Bagua, BlueFog, epfml, SGP (hivemind)",
-        _GOSSIP,
-        "algorithms.decentralized",
-        "D-PSGD",
-    ),
-    Row(
-        "decentralized",
-        {"topology": "one_peer_exponential"},
-        "BlueFog, epfml, SGP (Bagua)",
-        _GOSSIP,
-        "algorithms.decentralized",
-        "D-PSGD, one peer",
-    ),
-    Row(
-        "decentralized",
-        {"topology": "random_matching"},
-        "SGP (epfml)",
-        _GOSSIP,
-        "algorithms.decentralized",
-        "AD-PSGD's pairs",
-    ),
-    Row(
-        "low_precision_decentralized",
-        {},
-        "epfml (Bagua)",
-        "replicas of neighbours equal theirs bit for bit",
-        "algorithms.low_precision_decentralized",
-        "DCD-PSGD",
-    ),
-    Row(
-        "ecd_psgd",
-        {"compressor": "qsgd(levels=127, bucket=512)"},
-        "epfml",
-        "estimates unbiased, their variance as derived",
-        "gossip.ecd_psgd",
-    ),
-    Row(
-        "moniqua",
-        {"theta": 1.0},
-        "none",
-        _GOSSIP + ", to a step of the grid",
-        "gossip.moniqua",
-    ),
-    Row(
-        "quantized_gossip",
-        {"compressor": "minmax_uint8"},
-        "none (the cautionary baseline)",
-        "floor and walk of the mean as derived",
-        "quantized_gossip.quantized_gossip",
-        "naive quantized gossip",
-    ),
-    Row(
-        "choco_sgd",
-        {"compressor": "sign(l1)", "consensus_step_size": 0.3},
-        "epfml",
-        _GOSSIP,
-        "weight_side.choco_sgd",
-    ),
-    Row(
-        "delayed_choco",
-        {"compressor": "sign(l1)", "consensus_step_size": 0.1},
-        "none",
-        _GOSSIP,
-        "weight_side.choco_sgd",
-    ),
-    Row(
-        "deep_squeeze",
-        {"compressor": "minmax_uint8", "mixing_rate": 0.8},
-        "epfml",
-        _GOSSIP,
-        "weight_side.deep_squeeze",
-    ),
-    Row(
-        "exact_diffusion",
-        {},
-        "BlueFog, epfml",
-        _GOSSIP,
-        "weight_side.exact_diffusion",
-    ),
-    Row(
-        "d2",
-        {"topology": "ring(self_weight=0.5)"},
-        "BlueFog, epfml",
-        _GOSSIP,
-        "weight_side.d2",
-    ),
-    Row(
-        "stochastic_gradient_push",
-        {},
-        "BlueFog, epfml, SGP",
-        "mass sums to n",
-        "weight_side.stochastic_gradient_push",
-        "SGP",
-    ),
-    Row(
-        "overlapped_push",
-        {"staleness": 1},
-        "SGP",
-        "mass, with that in flight, sums to n",
-        "gossip.overlapped_push",
-        "overlapped SGP",
-    ),
-    Row(
-        "relay_sgd",
-        {},
-        "epfml",
-        "counts reach n - 1 after the tree's diameter",
-        "gossip.relay_sgd",
-        "RelaySGD",
-    ),
-    Row(
-        "quasi_global_momentum",
-        {"learning_rate": 0.1},
-        "epfml",
-        "mean moves as one worker's",
-        "gossip.quasi_global_momentum",
-        "QG-DSGDm",
-    ),
-    Row(
-        "async_model_average",
-        {"period": 8, "staleness": 4},
-        "(Bagua, BytePS, BlueFog, hivemind, SGP: in real time)",
-        _GOSSIP,
-        "algorithms.async_model_average",
-    ),
-    Row(
-        "local_sgd",
-        {"local_steps": 8},
-        "DDP, BlueFog, hivemind, epfml, OpenDiLoCo, torchft, MaxText, FedJAX, "
-        "fl_pytorch (Bagua, DeepSpeed, DrJAX)",
-        _GOSSIP,
-        "weight_side.local_sgd",
-    ),
-    Row(
-        "hierarchical_averaging",
-        {"periods": {4: 4, 16: None}},
-        "DDP",
-        _GOSSIP,
-        "gossip.hierarchical_averaging",
-        "multi-period averaging",
-    ),
-    Row(
-        "slowmo",
-        {"local_steps": 12, "learning_rate": 0.1},
-        "(FedJAX, torchft)",
-        "replicas equal after each exchange",
-        "weight_side.slowmo",
-    ),
-    Row(
-        "diloco",
-        {"local_steps": 100},
-        "OpenDiLoCo, torchft, MaxText, FedJAX (DrJAX, fl_pytorch)",
-        "replicas equal after each exchange",
-        "weight_side.diloco",
-    ),
-    Row(
-        "diloco",
-        {"local_steps": 100, "compressor": "blockwise(4)"},
-        "OpenDiLoCo, torchft",
-        "replicas equal after each exchange",
-        "weight_side.diloco",
-    ),
-    Row(
-        "streaming_diloco",
-        {"local_steps": 100, "fragments": 4, "compressor": "blockwise(4)"},
-        "torchft, MaxText (with other codes)",
-        "sent + errors = moves, summed over time",
-        "gossip.streaming_diloco",
-    ),
-    Row(
-        "cocktail_sgd",
-        {"compressor": "chain(topk(0.1), blockwise(4, 128))", "mask_ratio": 0.1},
-        "CocktailSGD",
-        "sent + errors = moves, summed over time",
-        "estimators.cocktail_sgd",
-    ),
+SURVEY = tuple(
+    Row(name, *example)
+    for name, entry in REGISTRY.items()
+    for example in entry.examples
 )
-"""What the table shows; a test fails where a registered algorithm has no row."""
+"""Every example of the registry."""
 
 
 def label(row: Row) -> str:
@@ -427,7 +76,7 @@ def label(row: Row) -> str:
 
 
 def resnet50() -> dict[str, tuple[int, ...]]:
-    """Give the shapes of ResNet-50's 161 parameters, by name.
+    """Return the shapes of ResNet-50's 161 parameters, by name.
 
     >>> import math
     >>> len(resnet50()), sum(map(math.prod, resnet50().values()))
@@ -524,7 +173,7 @@ def count(
 def program(
     algorithm: str, options: Mapping[str, Any], params: Any, place: Workers
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
-    """Give one step of an algorithm, to compile anywhere; see :func:`count`.
+    """Return one step of an algorithm, to compile anywhere; see :func:`count`.
 
     Returns:
         A per-worker function of (parameters, state) and gradients, the shapes of its
@@ -535,11 +184,10 @@ def program(
     import optax
 
     from bagua_jax import worker_local
-    from bagua_jax.algorithms import REGISTRY
     from bagua_jax.experiments import catalog
     from bagua_jax.experiments.config import AlgorithmConfig, ExperimentConfig
 
-    chosen = AlgorithmConfig(algorithm, arguments=dict(options))
+    chosen = AlgorithmConfig(algorithm, arguments=dict(options), may_diverge=True)
     (config,) = catalog.resolve(
         ExperimentConfig("survey", "quadratic", (chosen,), workers=place.shape[0])
     )
@@ -548,7 +196,7 @@ def program(
 
     def init():
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
-        if REGISTRY[algorithm].own_params:
+        if catalog.entry(algorithm).own_params:
             zeros = worker_local(zeros, axis)
         return zeros, tx.init(zeros)
 
@@ -567,10 +215,12 @@ def program(
 def read() -> dict[str, dict[str, float]]:
     """Read the numbers of the last survey, by configuration."""
     path = resources.files("bagua_jax.experiments") / "survey.json"
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 # --- the page -------------------------------------------------------------------------
+
+_START, _END = "<!-- families -->", "<!-- end of families -->"
 
 _PAGE = """\
 # Every algorithm: what it sends, who else has it, what tests hold it to
@@ -596,8 +246,6 @@ def to_markdown(numbers: Mapping[str, Mapping[str, float]]) -> str:
     Args:
         numbers: as :func:`measure` gives them, by :func:`label`.
     """
-    from bagua_jax.algorithms import REGISTRY
-
     dense = numbers["gradient_allreduce"]
     lines = []
     for row in SURVEY:
@@ -606,12 +254,12 @@ def to_markdown(numbers: Mapping[str, Mapping[str, float]]) -> str:
         cells = (
             f"`{label(row)}`",
             row.known_as,
-            REGISTRY[row.algorithm].placement,
+            row.entry.placement,
             f"{counted['bytes_per_worker'] / 1e6:.3g}",
             f"{share:.2%}",
             f"{counted['messages_per_worker']:.3g}",
-            row.invariant,
-            f"`{row.oracle}`",
+            row.invariant or row.entry.invariant,
+            f"`{row.entry.oracle}`",
             row.peers,
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -623,16 +271,39 @@ def to_markdown(numbers: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
+def families() -> str:
+    """Write README's table of names by family.
+
+    >>> families().splitlines()[2][:37]
+    '| gradient side | `adasum`, `bytegrad'
+    """
+    places = {"gradient": "gradient side", "weight": "local steps"}
+    found: dict[str, list[str]] = {
+        name: [] for name in ("gradient side", "optimizers", "gossip", "local steps")
+    }
+    for name, entry in REGISTRY.items():
+        if entry.is_optimizer:
+            found["optimizers"].append(name)
+        elif entry.family == "gossip":
+            found["gossip"].append(name)
+        else:
+            found[places[entry.placement]].append(name)
+    lines = [
+        f"| {family} | {', '.join(f'`{name}`' for name in sorted(names))} |"
+        for family, names in found.items()
+    ]
+    return "\n".join(("| family | names |", "|---|---|", *lines))
+
+
 def main() -> int:
-    """Count every configuration, and write the page and the numbers."""
+    """Count what was not counted yet, and write pages and numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=Path("docs/algorithms.md"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--numbers", type=Path, default=Path("experiments/survey.json"))
-    parser.add_argument(
-        "algorithms", nargs="*", help="count only these again; all where none is named"
-    )
+    parser.add_argument("--all", action="store_true", help="count everything again")
+    parser.add_argument("algorithms", nargs="*", help="count these again")
     arguments = parser.parse_args()
-    again = set(arguments.algorithms) or {row.algorithm for row in SURVEY}
 
     import jax
     from rich.console import Console
@@ -640,16 +311,20 @@ def main() -> int:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", WORKERS)
+    kept = json.loads(arguments.numbers.read_text())
     numbers = {}
     for row in track(SURVEY, "compiling", console=Console(stderr=True)):
         name = label(row)
-        numbers[name] = measure(row) if row.algorithm in again else read()[name]
+        again = arguments.all or row.algorithm in arguments.algorithms
+        numbers[name] = measure(row) if again or name not in kept else kept[name]
+    before, start, rest = arguments.readme.read_text().partition(_START)
+    _, end, after = rest.partition(_END)
     for path, text in (
         (arguments.numbers, json.dumps(numbers, indent=1) + "\n"),
         (arguments.page, to_markdown(numbers)),
+        (arguments.readme, f"{before}{start}\n{families()}\n{end}{after}"),
     ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         print(path)
     return 0
 

@@ -6,9 +6,9 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,28 @@ from rich.console import Console
 from bagua_jax import (
     Workers,
     diagnostics,
-    primitives,
     processes,
+    skip_not_finite,
+    value_and_grad,
     wire,
     worker_local,
 )
-from bagua_jax.algorithms import REGISTRY
-from bagua_jax.experiments import catalog, checkpoint, folders, supervise
+from bagua_jax.compressors import numerics
+from bagua_jax.experiments import (
+    catalog,
+    checkpoint,
+    folders,
+    integrity,
+    supervise,
+)
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig, identity
 from bagua_jax.experiments.data import Data, Shards
 from bagua_jax.experiments.folders import RunError, blame
+from bagua_jax.experiments.integrity import Journal, Mark, Records
 from bagua_jax.experiments.progress import progress
 from bagua_jax.experiments.supervise import beat
 from bagua_jax.experiments.tasks import Task
+from bagua_jax.guards import SkipNotFiniteState
 from bagua_jax.primitives import AxisName
 
 __all__ = [
@@ -62,13 +71,15 @@ _WIRE = (
 _BLOWN_UP = 1e6
 """A loss above it ends a run that may diverge."""
 _SKIPPED = "train/skipped_by"
-"""In the metrics of a step that was skipped: how many workers were not finite."""
+"""In the metrics of a skipped step: number of workers whose loss or gradient was not
+finite; 0 where only the update was not."""
 _SKIPS = 10
-"""So many skipped steps in a row are borne."""
+"""Maximum number of consecutive skipped steps before the run fails."""
 _PENDING = 256
-"""So many steps' losses at most wait on their devices to be recorded."""
+"""Maximum number of per-step reports kept on device before they are written out."""
 _STRETCH = 0.2
 """Seconds between two records of the metrics, about."""
+_METRICS, _TIMING, _SUMMARY = "metrics.jsonl", "timing.jsonl", "summary.json"
 
 
 class Diverged(RunError):
@@ -98,9 +109,8 @@ class Program(NamedTuple):
     Attributes:
         workers: where they live.
         state: the initial state, on its devices.
-        step: ``(state, batch) -> state, losses``; the batch has leaves [n, B, ...], as
-            ``workers.stack`` makes them; the losses are [n], one of each worker's own
-            batch.
+        step: ``(state, batch) -> state, reports``; the batch has leaves [n, B, ...], as
+            ``workers.stack`` makes them; the reports are [n, 3], see :func:`functions`.
         checksums: ``state -> [n]``, of each worker's copy of what all workers share.
         text: optimized HLO of the step on one device for each worker; ``None`` where
             there are too few devices to compile it for.
@@ -126,8 +136,11 @@ def functions(
         axis_name: of the workers.
 
     Returns:
-        ``params -> state`` and ``(state, batch) -> state, loss``, per-worker functions
-        for ``Workers.specs`` and ``Workers.spmd``; the batch has leaves [B, ...].
+        ``params -> state`` and ``(state, batch) -> state, report``, per-worker
+        functions for ``Workers.specs`` and ``Workers.spmd``; the batch has leaves
+        [B, ...]. The report is [3] float32: the loss of the worker's own batch; 1 if
+        loss and gradient are finite, else 0; and the number of consecutive skipped
+        steps up to this one. The last two are 1 and 0 where the config skips none.
     """
     if config.on_nan == "drop":
         raise ConfigError(
@@ -135,7 +148,10 @@ def functions(
             "--exchange pairs; here every step needs all of them. Use stop or skip."
         )
     tx = catalog.transform(config, axis_name)
-    stacked = REGISTRY[config.algorithms[0].name].own_params
+    skips = config.on_nan == "skip"
+    if skips:
+        tx = skip_not_finite(tx, axis_name)  # train counts them, and ends the run
+    stacked = catalog.entry(config.algorithms[0].name).own_params
 
     def init(params):
         if stacked:
@@ -143,38 +159,31 @@ def functions(
         return TrainState(params, tx.init(params))
 
     def step(state, batch):
-        params = worker_local(state.params, axis_name)
-        value_and_grad = jax.value_and_grad(task.loss)
-        loss, grads = value_and_grad(params, batch)
+        take = value_and_grad(task.loss, axis_name)
+        loss, grads = take(state.params, batch)
+        sound, in_a_row = jnp.ones([], bool), jnp.zeros([], jnp.int32)
+        if skips:
+            # A loss that is not finite spoils the step even if its gradient is finite.
+            grads = jax.tree.map(
+                lambda g: jnp.where(numerics.is_finite(loss), g, jnp.nan), grads
+            )
+            finite = [numerics.all_finite(g) for g in jax.tree.leaves(grads)]
+            sound = jnp.stack(finite).all()
         updates, opt_state = tx.update(
             grads,
             state.opt_state,
             state.params,
-            gradient_fn=lambda params: value_and_grad(params, batch)[1],
+            gradient_fn=lambda params: take(params, batch)[1],
         )
+        if skips:
+            in_a_row = cast(SkipNotFiniteState, opt_state).consecutive
         params = optax.apply_updates(state.params, updates)
-        new = TrainState(params, opt_state)
-        if config.on_nan == "skip":
-            new, loss = _unless_not_finite(state, new, loss, grads, axis_name)
-        return new, loss
+        report = jnp.stack(
+            [jnp.asarray(x, jnp.float32) for x in (loss, sound, in_a_row)]
+        )
+        return TrainState(params, opt_state), report
 
     return init, step
-
-
-def _unless_not_finite(
-    old: TrainState, new: TrainState, loss: Any, grads: Any, axis_name: AxisName
-) -> tuple[TrainState, jax.Array]:
-    """Keep the old state, on all workers, if a worker's loss or gradient is not finite.
-
-    The exchange has taken place, so that no worker waits; its outcome is thrown away.
-    That worker's loss is made NaN, by which the step is known as skipped.
-    """
-    finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), (loss, grads))
-    sound = jnp.stack(jax.tree.leaves(finite)).all()
-    unsound = worker_local(1.0 - sound.astype(jnp.float32), axis_name)
-    skipped = primitives.c_fp_s(unsound[None], axis_name=axis_name)[0] > 0
-    kept = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)
-    return kept, jnp.where(sound, loss, jnp.nan)
 
 
 def build(
@@ -193,7 +202,7 @@ def build(
         shows what it would send.
     """
     (algorithm,) = config.algorithms
-    stacked = REGISTRY[algorithm.name].own_params
+    stacked = catalog.entry(algorithm.name).own_params
 
     initial = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
 
@@ -334,7 +343,7 @@ def metric_names(
     except Exception as error:
         raise RunError(f"the task's evaluate failed: {blame(error)}.") from error
     names = [f"eval/{name}" for name in judged]
-    if REGISTRY[config.algorithms[0].name].own_params:
+    if catalog.entry(config.algorithms[0].name).own_params:
         names += [f"{n}_worker_{end}" for n in names for end in ("min", "max")]
         by_step = ["train/loss", *names, "consensus/distance_sq"]
     else:
@@ -349,7 +358,7 @@ def train(
     data: Data,
     console: Console,
     folder: Path,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Mark]]:
     """Train from the newest checkpoint to the end.
 
     Args:
@@ -360,21 +369,17 @@ def train(
         folder: of the run.
 
     Returns:
-        The summary.
+        The summary, and the marks of the records that it was made of; both are empty in
+        all processes but the first.
 
     Raises:
         RunError: if the loss stops being finite where it may not, or the folder's
-            checkpoints are damaged or of another run.
+            records and checkpoints are of another run, or damaged beyond mending.
     """
     (algorithm,) = config.algorithms
     facts = identity(config)
     first = processes.is_first()  # the one that writes
-    metrics, timing = folder / "metrics.jsonl", folder / "timing.jsonl"
-
-    def say(message: str) -> None:
-        if first:
-            folders.log(folder, message)
-        console.print(f"{algorithm.label}: {message}", highlight=False, soft_wrap=True)
+    say = _teller(console, algorithm.label, folder)
 
     shards = Shards.deal(
         data, config.workers, config.sharding, config.batch_size, config.seed
@@ -388,29 +393,34 @@ def train(
     on_cpu = jax.default_backend() == "cpu"
     limit = _BLOWN_UP if algorithm.may_diverge else math.inf
 
-    lines = folders.read_lines(metrics) if first else []
-    start, state = checkpoint.restore(
-        folder / "checkpoints", program.state, facts, at_most=len(lines) - 1, say=say
+    found = _records(config, folder)
+    start, state, marks = checkpoint.restore(
+        folder / "checkpoints",
+        program.state,
+        facts,
+        trouble=lambda marks: _differ(found, marks),
+        say=say,
     )
-    if first:
-        folders.write_lines(metrics, lines[: start + 1] if start else ())
-    if start:
-        say(f"continues after step {start}")
-    else:
-        judged = {"step": 0} | evaluate(program, judge, state.params, data.test)
-        if first:
-            folders.append_lines(metrics, [judged])
+    kept = {name: marks[name][0] if start else 0 for name in found}
 
-    with progress(console, algorithm.label, start, config.steps) as show:
+    with (
+        _journals(config, folder, found, kept, say) as journals,
+        progress(console, algorithm.label, start, config.steps) as show,
+    ):
+        if start:
+            say(f"continues after step {start}")
+        else:
+            judged = {"step": 0} | evaluate(program, judge, state.params, data.test)
+            if first:
+                journals[_METRICS].append([judged])
         pending, note, mark, stride = [], "", time.perf_counter(), 8
-        in_a_row = 0
         for step in range(start + 1, config.steps + 1):
             beat("step", algorithm.label, step)
             batch = workers.stack(shards.batch(step - 1, workers.own))
-            state, losses = program.step(state, batch)
+            state, reports = program.step(state, batch)
             if on_cpu:  # two steps in flight on more host devices than cores deadlock
-                jax.block_until_ready((state, losses))
-            pending.append(losses)
+                jax.block_until_ready((state, reports))
+            pending.append(reports)
             if config.where != "simulate" and step % config.check_replicas_every == 0:
                 _require_equal_replicas(step, program, state)
             last = step == config.steps
@@ -422,15 +432,12 @@ def train(
             records, end = [], ""
             table, seconds = _gather(workers, pending, mark)
             try:
-                for taken, losses in enumerate(table, step + 1 - len(pending)):
-                    record = _record(taken, losses, limit, config.on_nan, workers)
-                    in_a_row = in_a_row + 1 if _SKIPPED in record else 0
-                    if in_a_row:
-                        whose = _names(workers, ~np.isfinite(losses))
-                        say(f"step {taken} is skipped: not finite at {whose}")
+                for taken, reports in enumerate(table, step + 1 - len(pending)):
+                    if in_a_row := int(reports[0, 2]):
+                        say(f"step {taken} is skipped: {_fault(workers, reports)}")
                     if in_a_row > _SKIPS:
                         raise Diverged(f"{in_a_row} steps in a row were skipped.")
-                    records.append(record)
+                    records.append(_record(taken, reports, limit, workers))
                 if judged:
                     beat("evaluating", algorithm.label, step)
                     records[-1] |= evaluate(program, judge, state.params, data.test)
@@ -441,12 +448,13 @@ def train(
                     raise
             if first:
                 stretch = {"step": step, "steps": len(pending), "seconds": seconds}
-                folders.append_lines(metrics, records)
-                folders.append_lines(timing, [stretch])
+                journals[_METRICS].append(records)
+                journals[_TIMING].append([stretch])
             if end:
                 say(f"diverged: {end}")
-                return _summary(config, program, folder, diverged=True)
-            show(step, records[-1]["train/loss"], len(pending) / seconds, note)
+                return _summary(config, program, journals, diverged=True)
+            loss = records[-1].get("train/loss", math.nan)
+            show(step, loss, len(pending) / seconds, note)
             if saved:
                 beat("saving", algorithm.label, step)
                 checkpoint.save(
@@ -454,36 +462,87 @@ def train(
                     step,
                     state,
                     facts,
+                    {name: journal.mark for name, journal in journals.items()},
                     keep=config.keep_checkpoints,
                 )
             stride = max(1, min(_PENDING, round(_STRETCH * len(pending) / seconds)))
             pending, mark = [], time.perf_counter()
-    return _summary(config, program, folder, diverged=False)
+    return _summary(config, program, journals, diverged=False)
+
+
+def _teller(console: Console, label: str, folder: Path) -> Callable[[str], None]:
+    """Return what tells the console, and the run's log, what happens."""
+
+    def say(message: str) -> None:
+        if processes.is_first():
+            folders.log(folder, message)
+        console.print(f"{label}: {message}", highlight=False, soft_wrap=True)
+
+    return say
+
+
+def _records(config: ExperimentConfig, folder: Path) -> dict[str, Records]:
+    """Read the records of a run by their files' names; only the first process does."""
+    if not processes.is_first():
+        return {}
+    run = folders.name_of(config)
+    return {name: integrity.read(folder / name, run) for name in (_METRICS, _TIMING)}
+
+
+def _differ(found: Mapping[str, Records], marks: Mapping[str, Mark]) -> str:
+    """Say why records are not those of which marks were made; empty if they are."""
+    return "; ".join(filter(None, (found[k].differ_from(m) for k, m in marks.items())))
+
+
+@contextlib.contextmanager
+def _journals(
+    config: ExperimentConfig,
+    folder: Path,
+    found: Mapping[str, Records],
+    kept: Mapping[str, int],
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Journal]]:
+    """Open the journals of a run with the first so many of their records."""
+    run = folders.name_of(config)
+    with contextlib.ExitStack() as files:
+        journals = {}
+        for name, records in found.items():
+            if fault := records.fault:
+                say(f"{fault}; it is computed again from the checkpoint")
+            elif fault := records.mended:
+                say(f"{fault}; it is restored from {integrity.COPIES} or written there")
+            journal = Journal(folder / name, run, records.records[: kept[name]])
+            journals[name] = files.enter_context(journal)
+        yield journals
 
 
 def _gather(
     workers: Workers, pending: list[jax.Array], mark: float
 ) -> tuple[np.ndarray, float]:
-    """Bring the losses of some steps to every process: [steps, n], and the seconds.
+    """Bring the reports of some steps to every process: [steps, n, 3], and the seconds.
 
     The seconds are the slowest process's, so that all agree on when the next stretch
     ends. The message has one shape, however many steps there are: one compilation.
     """
-    message = np.zeros((len(workers.own), _PENDING + 1), np.float32)
-    for i, losses in enumerate(pending):
-        message[:, i] = workers.rows(losses)
+    message = np.zeros((len(workers.own), _PENDING + 1, 3), np.float32)
+    for i, reports in enumerate(pending):
+        message[:, i] = workers.rows(reports)
     message[:, -1] = time.perf_counter() - mark
     message = processes.fetch(workers.stack(message))
-    return message[:, : len(pending)].T, float(message[:, -1].max())
+    return message[:, : len(pending)].swapaxes(0, 1), float(message[:, -1].max())
 
 
 def _record(
-    step: int, losses: np.ndarray, limit: float, on_nan: str, workers: Workers
+    step: int, reports: np.ndarray, limit: float, workers: Workers
 ) -> dict[str, Any]:
+    """Make a step's line of the metrics; one that was skipped may have no loss."""
+    losses, sound, in_a_row = reports.T
     finite = np.isfinite(losses)
-    if on_nan == "skip" and not finite.all() and finite.any():
-        loss = float(np.mean(losses[finite], dtype=np.float64))
-        return {"step": step, "train/loss": loss, _SKIPPED: int((~finite).sum())}
+    if in_a_row.any():
+        record: dict[str, Any] = {"step": step, _SKIPPED: int((sound == 0).sum())}
+        if finite.any():
+            record["train/loss"] = float(np.mean(losses[finite], dtype=np.float64))
+        return record
     loss = float(np.mean(losses, dtype=np.float64))
     if not math.isfinite(loss) or loss > limit:
         whose = "" if finite.all() else f", that of {_names(workers, ~finite)} first"
@@ -492,6 +551,14 @@ def _record(
             "learning rate, or compress less."
         )
     return {"step": step, "train/loss": loss}
+
+
+def _fault(workers: Workers, reports: np.ndarray) -> str:
+    """Say why a step was skipped."""
+    sound = reports[:, 1] == 1
+    if sound.all():
+        return "the update is not finite, though every gradient is"
+    return f"not finite at {_names(workers, ~sound)}"
 
 
 def _names(workers: Workers, which: np.ndarray) -> str:
@@ -526,22 +593,26 @@ def _note(record: dict[str, Any]) -> str:
 
 
 def _summary(
-    config: ExperimentConfig, program: Program, folder: Path, *, diverged: bool
-) -> dict[str, Any]:
+    config: ExperimentConfig,
+    program: Program,
+    journals: Mapping[str, Journal],
+    *,
+    diverged: bool,
+) -> tuple[dict[str, Any], dict[str, Mark]]:
     """Collect the final numbers of a run; of one that diverged the last sound ones.
 
     Only the first process has them.
     """
     if not processes.is_first():
-        return {}
-    lines = folders.read_lines(folder / "metrics.jsonl")
-    losses = [line["train/loss"] for line in lines[1:]][-10:]
-    timing = folders.read_lines(folder / "timing.jsonl")
+        return {}, {}
+    lines, timing = (journals[name].reread() for name in (_METRICS, _TIMING))
+    losses = [line["train/loss"] for line in lines[1:] if "train/loss" in line][-10:]
     seconds = sum(t["seconds"] for t in timing)
     judged = [line for line in lines if any(k.startswith("eval/") for k in line)]
-    final = {k: v for k, v in judged[-1].items() if k not in ("step", "train/loss")}
+    of_step = ("step", "train/loss", _SKIPPED)
+    final = {k: v for k, v in judged[-1].items() if k not in of_step}
     arguments = config.algorithms[0].arguments
-    return {
+    summary = {
         "label": config.algorithms[0].label,
         "algorithm": config.algorithms[0].name,
         "steps": lines[-1]["step"],
@@ -554,6 +625,7 @@ def _summary(
         "processor": folders.processor(),
         "devices": jax.devices()[0].device_kind,
     }
+    return summary, {name: journal.mark for name, journal in journals.items()}
 
 
 def wire_facts(text: str | None, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -628,13 +700,14 @@ def run(
     """
     label, folder = config.algorithms[0].label, folders.path_of(config)
     several = processes.count() > 1
+    say = _teller(console, label, folder)
 
     def enter() -> dict[str, Any] | None:
-        """Go into the folder; give its summary if it holds a finished run."""
+        """Go into the folder; return its summary if it holds a finished run."""
         stack.enter_context(folders.locked(folder))
-        summary = None if overwrite else folders.read_json(folder / "summary.json")
+        folders.open_run(config, overwrite=overwrite)
+        summary = _finished(config, folder, say)
         if summary is None:
-            folders.open_run(config, overwrite=overwrite)
             folders.log(folder, f"starts: {' '.join(sys.argv)}")
         return summary
 
@@ -648,9 +721,10 @@ def run(
                     soft_wrap=True,
                 )
                 return summary
-            summary = train(config, task, data, console, folder)
+            summary, marks = train(config, task, data, console, folder)
             if processes.is_first():
-                folders.write_json(folder / "summary.json", summary)
+                path, name = folder / _SUMMARY, folders.name_of(config)
+                integrity.write_document(path, summary, name, marks)
                 folders.log(folder, "finished")
             return summary
     except (ConfigError, RunError) as error:
@@ -664,6 +738,34 @@ def run(
         where = f"The traceback is in {folder / 'log.txt'}."
         kind = Crashed if several else RunError
         raise kind(f"{blame(error)}. {where}") from error
+
+
+def _finished(
+    config: ExperimentConfig, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Read the summary of a finished run, and mend its records if need be.
+
+    Returns:
+        ``None`` where there is none, or it or the records were altered: then the run
+        goes on from a checkpoint, and makes them again.
+    """
+    try:
+        summary = integrity.read_document(folder / _SUMMARY, folders.name_of(config))
+    except RunError as error:
+        say(f"{error}; it is made again")
+        return None
+    if summary is None:
+        return None
+    found = _records(config, folder)
+    if fault := _differ(found, summary.marks):
+        say(f"{fault}; the run goes on from a checkpoint before it")
+        return None
+    kept = {name: summary.marks[name][0] for name in found}
+    whole = [(len(x.checks), x.fault, x.mended) for x in found.values()]
+    if whole != [(count, "", "") for count in kept.values()]:
+        with _journals(config, folder, found, kept, say):
+            pass
+    return summary.value
 
 
 def _log_failure(folder: Path, text: str) -> None:

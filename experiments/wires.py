@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich import box
-from rich.table import Table
+from rich.text import Text
 
 from bagua_jax import Workers, planning, wire
 from bagua_jax.experiments import catalog, tasks, train
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig
 from bagua_jax.experiments.folders import RunError, blame
+from bagua_jax.experiments.tables import Table
 from bagua_jax.planning import Cluster
 
 __all__ = ["Place", "Row", "facts", "make", "table"]
@@ -22,7 +22,7 @@ class Place(NamedTuple):
     """Where workers stand, and for what their step is compiled.
 
     Attributes:
-        cluster: that is not here; ``None`` for host devices.
+        cluster: to compile for ahead of time; ``None`` for host devices.
         workers: how many.
         nodes: the node of each, [n]; ``None`` where links are not told apart.
         hierarchy: relax between nodes only, in full precision inside them.
@@ -141,7 +141,7 @@ def _lower(run, task, params, batch, workers: Workers, place: Place):
 
 
 def _compile(lowered: jax.stages.Lowered, place: Place) -> str:
-    """Give optimized HLO: the only place that knows what compiles for what."""
+    """Return optimized HLO: the only place that knows what compiles for what."""
     if place.cluster:
         return planning.compile_lowered(lowered, place.cluster).as_text()
     quick: Any = {"xla_backend_optimization_level": 0}  # of machine code only
@@ -150,14 +150,11 @@ def _compile(lowered: jax.stages.Lowered, place: Place) -> str:
 
 def table(rows: Sequence[Row], place: Place) -> Table:
     """Tabulate rows of :func:`make`, a line for each algorithm and phase."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    shown.add_column("algorithm", style="bold", no_wrap=True)
-    columns = ["intended\nmessages", "\nbytes", "compiled\nmessages", "\nbytes"]
+    columns = ["intended messages", "intended bytes"]
+    columns += ["compiled messages", "compiled bytes"]
     if place.nodes is not None:
-        columns += ["inside\na node", "between\nnodes"]
-    for name in columns:
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("changed by\nthe compiler")
+        columns += ["inside a node", "between nodes"]
+    shown = []
     for row in rows:
         meant, sent = row.comparison.intended, row.comparison.compiled
         numbers = [meant.messages_per_worker, meant.bytes_per_worker]
@@ -170,12 +167,13 @@ def table(rows: Sequence[Row], place: Place) -> Table:
             for name, more in row.comparison.differences.items()
         )
         cells = (f"{x:,.0f}" if x > 999 else f"{x:,.4g}" for x in numbers)
-        shown.add_row(label, *cells, changes or "nothing")
-    return shown
+        shown.append([Text(label, "bold"), *cells, changes or "nothing"])
+    changed = "changed by the compiler"
+    return Table(["algorithm", *columns, changed], shown, words={changed})
 
 
 def facts(rows: Sequence[Row], place: Place) -> list[dict[str, Any]]:
-    """Give every number of every row, for JSON: each collective one by one, too."""
+    """Return every number of every row, for JSON: each collective one by one, too."""
 
     def side(counted: wire.WireCount) -> dict[str, Any]:
         found: dict[str, Any] = {

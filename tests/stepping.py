@@ -24,7 +24,9 @@ def half() -> compressors.Compressor:
     whole = compressors.identity()
     return whole._replace(
         compress=lambda key, x, state: (0.5 * x, state),
-        facts=whole.facts._replace(name="half", unbiased=False, omega=None),
+        facts=whole.facts._replace(
+            name="half", unbiased=False, omega=None, delta=lambda d: 0.75
+        ),
     )
 
 

@@ -60,7 +60,7 @@ def _dotted(node: ast.AST, names: dict[str, str]) -> str:
 
 
 def _uses(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Give every imported name that a source uses, spelled out, with its line.
+    """Return every imported name that a source uses, spelled out, with its line.
 
     Imports inside functions count; so do ``import_module("...")`` and attributes of
     imported modules, under whatever name they were imported.
@@ -123,8 +123,12 @@ def _upward(module: str, uses: Iterator[tuple[int, str]]) -> list[str]:
 
 
 def test_imports_point_down():
-    """Experiments import algorithms, algorithms the runtime, never the other way."""
-    assert [fault for m in MODULES for fault in _upward(m, _uses_of(m))] == []
+    """Experiments import algorithms, algorithms the runtime, never the other way.
+
+    ``bagua_jax`` itself, the public face, names all, and imports nothing by itself.
+    """
+    below = [m for m in MODULES if m != "bagua_jax"]
+    assert [fault for m in below for fault in _upward(m, _uses_of(m))] == []
 
 
 def test_runtime_modules_import_each_other_without_a_cycle():
@@ -187,6 +191,41 @@ def test_a_collective_is_seen_however_it_is_spelled(source: str, fault: str):
     assert _collectives(_uses(source, "bagua_jax.wire", is_package=False)) == [fault]
 
 
+# --- who decides what is finite ---
+
+# XLA may lose a NaN in a maximum; compressors.numerics has the forms that do not. That
+# floats are reduced by none is read from programs, in test_nothing_hidden.
+DECISION = re.compile(
+    r"is(finite|nan|inf)|is_finite|nan_to_num|nan(max|min|argmax|argmin)"
+    r"|top_k|approx_(max|min)_k|(arg)?(sort|partition)|reduce(_max|_min)?"
+)
+
+
+def _decisions(uses: Iterator[tuple[int, str]]) -> list[str]:
+    return [
+        f"line {line}: {name}"
+        for line, name in uses
+        if name.startswith("jax.") and DECISION.fullmatch(name.rpartition(".")[2])
+    ]
+
+
+def test_only_numerics_decide_what_is_finite():
+    places = {m: found for m in MODULES if (found := _decisions(_uses_of(m)))}
+    assert list(places) == ["bagua_jax.compressors.numerics"], places
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("import jax.numpy as jnp\njnp.isfinite(x)", "line 2: jax.numpy.isfinite"),
+        ("from jax import lax\nlax.top_k(x, 3)", "line 2: jax.lax.top_k"),
+        ("from jax.numpy import isnan", "line 1: jax.numpy.isnan"),
+    ],
+)
+def test_a_decision_is_seen_however_it_is_spelled(source: str, fault: str):
+    assert _decisions(_uses(source, "bagua_jax.wire", is_package=False)) == [fault]
+
+
 def test_a_local_computation_is_no_collective():
     source = "import jax\njax.lax.axis_index('i')\njax.lax.pcast(x)\nself.psum(x)"
     assert _collectives(_uses(source, "bagua_jax.wire", is_package=False)) == []
@@ -236,6 +275,23 @@ def test_importing_everything_makes_one_copy_and_starts_no_backend():
     )
 
 
+def test_importing_the_package_alone_imports_nothing_else():
+    """What is used is imported then: algorithms, too, which nobody has imported."""
+    _python(
+        "import sys\n"
+        "import bagua_jax\n"
+        "loaded = {m for m in sys.modules if m.startswith(('bagua_jax.', 'jax'))}\n"
+        "assert not loaded, loaded\n"
+        "assert 'algorithms' in dir(bagua_jax)\n"
+        "bagua_jax.Workers\n"
+        "assert 'bagua_jax.algorithms' not in sys.modules\n"
+        "name = bagua_jax.algorithms.bytegrad.__module__\n"
+        "assert name == 'bagua_jax.algorithms.bytegrad'\n"
+        "from bagua_jax import algorithms\n"
+        "assert algorithms is bagua_jax.algorithms\n"
+    )
+
+
 # --- the list of packages ---
 
 
@@ -267,6 +323,11 @@ def test_public_names_exist_and_are_documented(name: str):
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     module = importlib.import_module(name)
     assert module.__doc__
+    if name == "bagua_jax.algorithms":  # exports its factories by ``import x as x``
+        assert {k for k in REGISTRY if getattr(module, k) is REGISTRY[k].factory} == (
+            set(REGISTRY)
+        )
+        return
     if not hasattr(module, "__all__"):
         kinds = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
         assert not any(isinstance(node, kinds) for node in tree.body), "no __all__"

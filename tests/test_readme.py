@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
 
 def fenced_blocks(markdown: str) -> list[Block]:
-    """Give every fenced block, also an indented one (in a list), without the indent."""
+    """Return every fenced block, also an indented one (in a list), dedented."""
     blocks: list[Block] = []
     fence, indent, language, start = "", "", "", 0
     lines = markdown.splitlines()
@@ -59,7 +59,7 @@ def fenced_blocks(markdown: str) -> list[Block]:
 
 
 def commands(block: Block) -> list[tuple[int, str]]:
-    """Give the commands of a block with their lines; ``\\`` and ``&&`` join them."""
+    """Return the commands of a block with their lines; ``\\`` and ``&&`` join them."""
     found: list[tuple[int, str]] = []
     pending = ""
     for number, line in enumerate(block.text.splitlines(), block.line):
@@ -81,7 +81,7 @@ BLOCKS = fenced_blocks(README.read_text(encoding="utf-8"))
 
 
 def of(*languages: str) -> list[Block]:
-    """Give the README's blocks in these languages."""
+    """Return the README's blocks in these languages."""
     return [block for block in BLOCKS if block.language in languages]
 
 

@@ -157,7 +157,7 @@ def dtype(fn: Callable):
 def lower(
     fn: Callable, n: int | tuple[int, int] = 8, platform: str = "cpu"
 ) -> jax.stages.Lowered:
-    """Lower a program of workers that are nowhere: n, or (nodes, workers of each)."""
+    """Lower a program of workers on an abstract mesh: n, or (nodes, workers each)."""
     workers = Workers.abstract(n)
     x = jax.ShapeDtypeStruct((workers.num_workers, D), dtype(fn))
     program = workers.spmd(fn, in_specs=workers.spec)

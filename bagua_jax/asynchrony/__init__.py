@@ -11,7 +11,7 @@ The deterministic counterparts, with a staleness that is stated and not measured
 the algorithms ``async_model_average``, ``delayed_choco`` and ``delayed_gradients``.
 """
 
-from bagua_jax.asynchrony.events import Event, read, replay, staleness
+from bagua_jax.asynchrony.events import Event, event, read, replay, staleness
 from bagua_jax.asynchrony.pairs import PairArithmetic, PairGossip
 from bagua_jax.asynchrony.replica import Moment, Replica
 from bagua_jax.asynchrony.rounds import Exchange, Rounds, make_exchange
@@ -24,6 +24,7 @@ __all__ = [
     "PairGossip",
     "Replica",
     "Rounds",
+    "event",
     "make_exchange",
     "read",
     "replay",

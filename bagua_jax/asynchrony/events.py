@@ -4,11 +4,11 @@ import collections
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from bagua_jax.asynchrony.replica import Replica
 
-__all__ = ["Event", "read", "replay", "staleness", "write"]
+__all__ = ["Event", "Log", "event", "read", "replay", "staleness", "write"]
 
 
 class Event(NamedTuple):
@@ -26,22 +26,45 @@ class Event(NamedTuple):
     in_step: bool  # whether the next step was then under way
 
 
-def write(file: IO[str], event: Event) -> None:
+class Log(Protocol):
+    """Where events go: a text file, or what is written to like one."""
+
+    def write(self, text: str, /) -> Any:
+        """Append a text."""
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+
+
+def write(file: Log, event: Event) -> None:
     """Append an event to a JSON Lines file; the kernel has it when this returns."""
     file.write(json.dumps(event._asdict()) + "\n")
     file.flush()
 
 
 def read(path: Path) -> list[Event]:
-    """Read the events of one worker, up to the first line that is not whole."""
+    """Read the events of one worker; a last line that is not whole is left out.
+
+    Raises:
+        ValueError: if another line is no event; the message names it.
+    """
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            fields = json.loads(line)
-        except ValueError:
-            break
-        events.append(Event(**fields | {"workers": tuple(fields["workers"])}))
+            events.append(event(json.loads(line)))
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"asynchrony.read: {path}, line {number}, is no event: it was altered. "
+                "What comes after it cannot be trusted."
+            ) from None
     return events
+
+
+def event(fields: Mapping[str, Any]) -> Event:
+    """Make an event of what :func:`write` wrote; other keys are left alone."""
+    found = Event(*(fields[name] for name in Event._fields))
+    return found._replace(workers=tuple(found.workers))
 
 
 def staleness(events: Iterable[Event]) -> dict[int, int]:

@@ -2,26 +2,43 @@
 
 Nothing is unpickled and nothing in a message says how long or of which type it is: both
 sides know that from the model, and a message that is not exactly what its kind must be
-is refused.
+is refused. What else both must agree on is told in words to one that does not.
 """
 
 import enum
 import hashlib
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-__all__ = ["Kind", "Layout", "Message", "Refused", "decode", "encode"]
+__all__ = [
+    "Different",
+    "Kind",
+    "Layout",
+    "Message",
+    "Refused",
+    "decode",
+    "encode",
+    "read_facts",
+    "write_facts",
+]
 
 _HEADER = struct.Struct("<4s16sBBHQQQ")
-_MAGIC = b"BJX2"
+_MAGIC = b"BJX3"
+_FACTS = jax.ShapeDtypeStruct((8192,), np.uint8)
+_LONGEST = 120  # characters of a value among the facts
 
 
 class Refused(ValueError):
     """A message that is not what it must be."""
+
+
+class Different(Refused):
+    """A message of a worker with another model, or other facts."""
 
 
 class Kind(enum.IntEnum):
@@ -39,6 +56,7 @@ class Kind(enum.IntEnum):
     COMMIT = 10  # the offer is here -> DONE: both apply; EXPIRED: neither ever will
     DONE = 11
     EXPIRED = 12
+    FACTS = 13  # in reply to a worker that differs: what is the case here
 
 
 class Message(NamedTuple):
@@ -71,13 +89,14 @@ class Layout(NamedTuple):
         full: of the parameters as flat vectors.
         compressed: of a payload; as ``full`` where there is no compressor.
         workers: how many there are.
-        note: what else must agree, such as the compressor's name.
+        facts: what else must agree, such as the compressor's name; see
+            :func:`write_facts`.
     """
 
     full: tuple[jax.ShapeDtypeStruct, ...]
     compressed: tuple[jax.ShapeDtypeStruct, ...]
     workers: int
-    note: str = ""
+    facts: bytes = b""
 
     @property
     def fingerprint(self) -> bytes:
@@ -86,13 +105,14 @@ class Layout(NamedTuple):
             [(tuple(x.shape), np.dtype(x.dtype).name) for x in arrays]
             for arrays in (self.full, self.compressed)
         ]
-        text = repr((parts, self.workers, self.note))
+        text = repr((parts, self.workers, self.facts))
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     @property
     def largest(self) -> int:
         """Bytes of the largest message."""
-        return _HEADER.size + max(map(_nbytes, (self.full, self.compressed)))
+        payloads = self.full, self.compressed, (_FACTS,)
+        return _HEADER.size + max(map(_nbytes, payloads))
 
     def carried(self, kind: Kind, reference: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Say what a message of a kind carries."""
@@ -100,7 +120,7 @@ class Layout(NamedTuple):
             return self.full
         if kind in (Kind.OFFER, Kind.GIVE):
             return self.compressed if reference else self.full
-        return ()
+        return (_FACTS,) if kind is Kind.FACTS else ()
 
 
 def _nbytes(arrays: Sequence[jax.ShapeDtypeStruct]) -> int:
@@ -146,15 +166,15 @@ def decode(data: Any, layout: Layout) -> Message:
 
     Raises:
         Refused: naming what is wrong, if it is anything else than a message that
-            :func:`encode` writes with this layout.
+            :func:`encode` writes with this layout, or its facts, with any.
     """
     if len(data) < _HEADER.size:
         raise Refused("shorter than a header")
     magic, fingerprint, kind, finished, worker, *numbers = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise Refused("no message of this protocol")
-    if fingerprint != layout.fingerprint:
-        raise Refused("another model, compressor or number of workers")
+    if fingerprint != layout.fingerprint and kind != Kind.FACTS:
+        raise Different("another model, compressor, number of workers or other facts")
     try:
         kind = Kind(kind)
     except ValueError:
@@ -174,3 +194,47 @@ def decode(data: Any, layout: Layout) -> Message:
     return Message(
         kind, worker, exchange, reference, steps, bool(finished), tuple(arrays)
     )
+
+
+def write_facts(facts: Mapping[str, str]) -> np.ndarray:
+    """Write facts as the array of a message, in JSON.
+
+    Of a long value the beginning is written and a digest, which differs where it does.
+
+    Raises:
+        ValueError: if they take more than the bytes of the array.
+
+    Example:
+        >>> read_facts(write_facts({"version of jax": "0.10.2"}))
+        {'version of jax': '0.10.2'}
+    """
+    short = {name: _shortened(value) for name, value in facts.items()}
+    text = json.dumps(short, sort_keys=True)
+    if len(text) > _FACTS.size:
+        raise ValueError(
+            f"PairGossip: facts must take at most {_FACTS.size:,} bytes as JSON, got "
+            f"{len(text):,}. Give a digest of what is long."
+        )
+    return np.frombuffer(text.encode().ljust(_FACTS.size), np.uint8)
+
+
+def _shortened(value: str) -> str:
+    if len(value) <= _LONGEST:
+        return value
+    digest = hashlib.blake2b(value.encode(), digest_size=4).hexdigest()
+    return f"{value[:_LONGEST]}... (digest {digest})"
+
+
+def read_facts(array: np.ndarray) -> dict[str, str]:
+    """Read facts.
+
+    Raises:
+        Refused: if there are none in the array.
+    """
+    try:
+        found = json.loads(array.tobytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Refused("no facts")
+    return {str(name): str(value) for name, value in found.items()}

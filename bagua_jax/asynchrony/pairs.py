@@ -1,33 +1,40 @@
 """Pair gossip: workers average with one other at a time, and may die and come back."""
 
 import collections
+import logging
 import random
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bagua_jax import buckets
+from bagua_jax import buckets, processes
 from bagua_jax.asynchrony import events
 from bagua_jax.asynchrony.messages import (
+    Different,
     Kind,
     Layout,
     Message,
     Refused,
     decode,
     encode,
+    read_facts,
+    write_facts,
 )
 from bagua_jax.asynchrony.replica import Moment, Replica
 from bagua_jax.asynchrony.transport import Server, endpoint, require_secret, require_zmq
 from bagua_jax.compressors import Compressor, identity
+from bagua_jax.compressors.numerics import all_finite
 
 __all__ = ["PairArithmetic", "PairGossip"]
+
+_log = logging.getLogger(__name__)
 
 Vectors = tuple[jax.Array, ...]
 
@@ -93,7 +100,7 @@ class PairArithmetic:
                 r + 0.5 * (a + b)
                 for a, b, r in zip(mine, theirs, reference, strict=True)
             )
-            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(h)) for h in half]))
+            finite = jnp.all(jnp.stack([all_finite(h) for h in half]))
             return plan.unpack(half), middle, finite
 
         number = jax.ShapeDtypeStruct((), jnp.uint32)
@@ -123,7 +130,7 @@ class PairArithmetic:
         return self._read(jax.tree.unflatten(self._payload, leaves))
 
     def replayed(self) -> Any:
-        """Give the function that :func:`bagua_jax.asynchrony.replay` wants.
+        """Return the function that :func:`bagua_jax.asynchrony.replay` wants.
 
         Returns:
             ``(number, workers, snapshots) -> corrections``, which keeps the references
@@ -207,15 +214,20 @@ class PairGossip:
     ``jax.distributed``: every worker is an ordinary JAX program that knows the others'
     addresses, and may die, and may come back.
 
-    One exchange is one transaction. The worker that asks is *granted* it (or told that
-    the other is busy, at once: so nobody waits in a circle). Then both snapshots travel
-    at the same time: one side *gives*, the other *offers*. Who has the offer
-    *commits*; who has the gift, too, then applies its correction and says that it is
-    *done*, upon which the first applies the negative of it. An answer that is lost is
-    asked for again, and the same gift is never applied twice. So the mean of the models
-    moves by local steps alone. The exception is a death: a worker that dies takes its
-    progress with it, and a peer that stays out of reach for three times ``timeout_s``
-    is taken for dead.
+    One exchange is one transaction. The worker that asks is *granted* it (or the
+    other answers BUSY immediately, so that requests cannot deadlock in a cycle). Then
+    both snapshots travel at the same time: one side *gives*, the other *offers*. Who
+    has the offer *commits*; who has the gift, too, then applies its correction and says
+    that it is *done*, upon which the first applies the negative of it. An answer that
+    is lost is asked for again, and the same gift is never applied twice. So the mean of
+    the models moves by local steps alone. The exception is a death: a worker that dies
+    takes its progress with it, and a peer that stays out of reach for three times
+    ``timeout_s`` is taken for dead.
+
+    A peer that gives no answer for ``timeout_s`` (its worker has died or hangs, or a
+    link is cut) is *unreachable* until it answers again. Training and exchanges with
+    others go on; when a peer becomes unreachable, and when it is back, the logger
+    ``bagua_jax.asynchrony.pairs`` says so.
 
     A worker that starts asks the others how far they are. Where all are at the start it
     begins with its own parameters; where one is ahead it takes over that one's
@@ -237,17 +249,24 @@ class PairGossip:
         timeout_s: how long to wait for an answer. A peer that gives none is left alone
             for as long. It must exceed the time a payload takes.
         patience_s: how long a first worker waits for the others to start.
+        facts: name and value of what must be equal for all workers. The model, their
+            number, the compressor, the versions of jax and of this package and its
+            source are always compared.
         seed: of what a stochastic compressor draws. Who meets whom, and when, is not
             repeatable: the log says it.
 
     Raises:
         ImportError: if pyzmq is not installed.
-        ValueError: if an argument does not fit.
+        ValueError: if an argument does not fit; when entered, if a worker that is
+            there differs: with its number, the names and both values.
         OSError: when entered, if the address is taken.
 
     Attributes:
         refused: how many messages were refused, by reason.
+        strangers: how many connections were closed before they proved the secret, by
+            reason.
         exchanges: how many this worker took part in.
+        unreachable: the peers that give no answer now.
 
     Communication:
         An exchange sends the payload of the whole model once in each direction, both at
@@ -276,10 +295,11 @@ class PairGossip:
         secret: bytes,
         compressor: Compressor | None = None,
         neighbours: Sequence[int] | None = None,
-        log: IO[str] | None = None,
+        log: events.Log | None = None,
         interval_s: float = 0.0,
         timeout_s: float = 5.0,
         patience_s: float = 60.0,
+        facts: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
         require_zmq()
@@ -304,6 +324,7 @@ class PairGossip:
                 f"negative; got {timeout_s}, {interval_s} and {patience_s}."
             )
         self.worker, self.refused = worker, collections.Counter[str]()
+        self.strangers = collections.Counter[str]()
         self.exchanges = 0
         self._replica, self._addresses, self._secret = replica, addresses, secret
         self._neighbours, self._others, self._log = asked, others, log
@@ -313,12 +334,22 @@ class PairGossip:
 
         params, _ = replica.snapshot()
         self._arithmetic = PairArithmetic(params, compressor, seed)
+        leaves = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(params)]
+        stated = {
+            "model": ", ".join(leaves),
+            "workers": n,
+            "compressor": compressor.facts.name if compressor else None,
+            **processes.environment(),
+            **(facts or {}),
+        }
+        self._facts = write_facts({name: repr(v) for name, v in stated.items()})
         self._layout = Layout(
             self._arithmetic.full,
             self._arithmetic.compressed,
             n,
-            compressor.facts.name if compressor else "full precision",
+            self._facts.tobytes(),
         )
+        self._different: set[int] = set()  # the peers whose facts are others
         self._asked: _Asked | None = None
         self._granted: _Granted | None = None
         self._done: dict[int, int] = {}  # last exchange applied for each peer
@@ -326,6 +357,8 @@ class PairGossip:
         self._rest_until = 0.0
         self._left_alone: dict[int, float] = {}  # peer -> until when
         self._seen: dict[int, float] = {}  # when a peer was last heard
+        self._unanswered_since: dict[int, float] = {}  # the peers that owe an answer
+        self.unreachable: set[int] = set()
         self._least: dict[int, int] = {}  # fewest steps that it said it had taken
         self._finished: set[int] = set()
         self._pulled: int | None = None  # the question that a state must answer
@@ -337,8 +370,12 @@ class PairGossip:
 
     def __enter__(self) -> "PairGossip":
         self._server = Server(
-            self._addresses[self.worker], self._secret, self._layout.largest
+            self._addresses[self.worker],
+            self._secret,
+            self._layout.largest,
+            most=4 * len(self._addresses),
         )
+        self.strangers = self._server.door.closed
         connect, addresses = self._server.connect, self._addresses
         self._clients = {peer: connect(addresses[peer]) for peer in self._others}
         self._thread.start()
@@ -364,7 +401,10 @@ class PairGossip:
             self._join()
             self._joined.set()
             while not self._may_leave():
-                self._attend(0.02)
+                # Wake when the rest is over: two workers that asked each other at the
+                # same time rest for different times, and would else wake together.
+                rest_s = self._rest_until - time.monotonic()
+                self._attend(min(rest_s, 0.02) if rest_s > 0 else 0.02)
                 self._mind_the_clock()
         except BaseException as error:
             self._failure = error
@@ -413,27 +453,38 @@ class PairGossip:
             while frames := _receive(self._server.socket):
                 if len(frames) != 2:
                     self.refused["not one frame"] += 1
-                elif message := self._understood(frames[1]):
+                elif message := self._understood(frames[1], frames[0]):
                     for reply in self._replies_to(message):
-                        out = [frames[0], encode(reply, self._layout)]
-                        _send(self._server.socket, out)
+                        self._reply(frames[0], reply)
         for peer, client in list(self._clients.items()):
             while client in ready and (frames := _receive(client)):
                 if len(frames) != 1:
                     self.refused["not one frame"] += 1
                 elif message := self._understood(frames[0]):
-                    if message.worker == peer:
+                    if message.worker == peer and message.kind is Kind.FACTS:
+                        self._compare(message)
+                    elif message.worker == peer:
                         self._answered(message)
                     else:
                         self.refused["a reply in another's name"] += 1
 
-    def _understood(self, data: bytes) -> Message | None:
+    def _reply(self, sender: bytes, message: Message) -> None:
+        _send(self._server.socket, [sender, encode(message, self._layout)])
+
+    def _understood(self, data: bytes, sender: bytes = b"") -> Message | None:
         try:
             message = decode(data, self._layout)
             if message.worker == self.worker:
                 raise Refused("a message in this worker's name")
+            if message.kind is Kind.FACTS:
+                if sender:
+                    raise Refused("a reply where questions come")
+                return message
         except Refused as reason:
             self.refused[str(reason)] += 1
+            if sender and isinstance(reason, Different):
+                told = self._message(Kind.FACTS, 0, arrays=(self._facts,))
+                self._reply(sender, told)
             return None
         self._seen[message.worker] = time.monotonic()
         least = self._least.get(message.worker, message.steps)
@@ -443,6 +494,31 @@ class PairGossip:
         else:
             self._finished.discard(message.worker)
         return message
+
+    def _compare(self, message: Message) -> None:
+        """Tell where a peer differs; one that is not in training yet does not begin."""
+        peer = message.worker
+        try:
+            theirs = read_facts(message.arrays[0])
+        except Refused as reason:
+            self.refused[str(reason)] += 1
+            return
+        differs = processes.differences(
+            read_facts(self._facts), f"worker {self.worker}", theirs, f"worker {peer}"
+        )
+        if not differs:
+            self.refused["facts that are the same"] += 1
+            return
+        text = (
+            f"PairGossip: worker {self.worker} differs from worker {peer} "
+            f"({self._addresses[peer]}): {differs}. Start all with the same code, "
+            "versions and settings."
+        )
+        if not self._joined.is_set():
+            raise ValueError(text)
+        if peer not in self._different:
+            self._different.add(peer)
+            _log.warning("%s Training goes on without it.", text)
 
     def _message(self, kind: Kind, exchange: int, **fields: Any) -> Message:
         has_finished = self._replica.finished and self._asked is None
@@ -455,6 +531,7 @@ class PairGossip:
         """Send a question; give its number, or ``None`` if the peer is not there."""
         number = secrets.randbits(63) | 1
         message = self._message(kind, number, **fields)
+        self._unanswered_since.setdefault(peer, time.monotonic())
         return number if self._tell(peer, message) else None
 
     # --- as the one who is asked ---
@@ -493,7 +570,7 @@ class PairGossip:
         yield self._message(Kind.OFFER, number, reference=known, arrays=arrays)
 
     def _granted_to(self, message: Message) -> _Granted | None:
-        """Give the exchange that a message is about, if it is still granted."""
+        """Return the exchange that a message is about, if it is still granted."""
         of = (message.worker, message.exchange, message.reference)
         granted = self._granted
         if granted and (granted.peer, granted.exchange, granted.reference_of) == of:
@@ -522,6 +599,15 @@ class PairGossip:
     # --- as the one who asks ---
 
     def _answered(self, message: Message) -> None:
+        peer = message.worker
+        since = self._unanswered_since.pop(peer, 0.0)
+        if peer in self.unreachable:
+            self.unreachable.remove(peer)
+            _log.warning(
+                "PairGossip: worker %d is back: it answers worker %d again, after "
+                "%.1f s.",
+                *(peer, self.worker, time.monotonic() - since),
+            )
         if message.kind is Kind.STATE and message.exchange == self._pulled:
             arrays = tuple(map(jnp.asarray, message.arrays))
             if all(map(np.isfinite, map(np.sum, message.arrays))):
@@ -590,8 +676,21 @@ class PairGossip:
     def _tell(self, peer: int, message: Message) -> bool:
         return _send(self._clients[peer], [encode(message, self._layout)])
 
+    def _name_unreachable(self, now: float) -> None:
+        for peer, since in self._unanswered_since.items():
+            is_new = peer not in self.unreachable and peer not in self._finished
+            if is_new and now > since + self._timeout_s:
+                self.unreachable.add(peer)
+                _log.warning(
+                    "PairGossip: worker %d (%s) has given worker %d no answer for "
+                    "%.1f s: it has died or hangs, or the link is cut. Training goes "
+                    "on without it.",
+                    *(peer, self._addresses[peer], self.worker, now - since),
+                )
+
     def _mind_the_clock(self) -> None:
         now = time.monotonic()
+        self._name_unreachable(now)
         asked, granted = self._asked, self._granted
         if granted is not None and now > granted.until:
             self._granted = None

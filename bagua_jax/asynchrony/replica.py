@@ -132,7 +132,7 @@ class Replica:
             self._params, self._now = new, Moment(self._now.steps + 1, False)
 
     def snapshot(self) -> tuple[Any, Moment]:
-        """Give the parameters, and the moment."""
+        """Return the parameters, and the moment."""
         with self._lock:
             return self._params, self._now
 

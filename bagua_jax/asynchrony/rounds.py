@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +104,14 @@ class Rounds:
         workers: ``Workers.devices()``, one device for each process.
         log: where events go, one JSON line each; ``None`` for nowhere.
         interval_s: seconds to rest between rounds.
-        timeout_s: how long a worker that has finished waits for a round to end.
+        timeout_s: how long a round may last. If one lasts longer, because another
+            worker hangs or a link is cut, the next local step fails.
 
     Raises:
         ValueError: if a process has several of the workers' devices, or XLA a single
             thread on CPU.
+        RuntimeError: from the next local step, or at the end, if a round fails.
+        TimeoutError: likewise, if a round does not end within ``timeout_s``.
 
     Example:
         In every process, after ``bagua_jax.processes.initialize``::
@@ -128,7 +131,7 @@ class Rounds:
         tx: optax.GradientTransformation,
         workers: Workers,
         *,
-        log: IO[str] | None = None,
+        log: events.Log | None = None,
         interval_s: float = 0.0,
         timeout_s: float = 60.0,
     ):
@@ -149,7 +152,8 @@ class Rounds:
         self.worker = places[0]
         self._replica, self._workers, self._log = replica, workers, log
         self._interval_s, self._timeout_s = interval_s, timeout_s
-        self._wake, self._ended = threading.Event(), 0.0
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._ended = 0.0  # when the last round ended
         self._failure: BaseException | None = None
         self._abandoned = False
         self.rounds = 0
@@ -167,6 +171,7 @@ class Rounds:
     def __enter__(self) -> "Rounds":
         self._ended = time.monotonic()
         self._thread.start()
+        threading.Thread(target=self._watch, name="rounds watch", daemon=True).start()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -176,17 +181,31 @@ class Rounds:
             return  # the process fails; those who wait for it learn from the runtime
         self._replica.finished = True
         self._wake.set()
-        while self._thread.is_alive():
+        while self._thread.is_alive() and self._failure is None:
             self._thread.join(0.05)
-            waited = time.monotonic() - self._ended
-            if self._thread.is_alive() and waited > self._timeout_s:
-                raise TimeoutError(
-                    f"Rounds: worker {self.worker} has waited {waited:.0f} s for round "
-                    f"{self.rounds} to end. Another worker has died or hangs; its log "
-                    "says why. Raise timeout_s for slower networks."
-                )
         if self._failure is not None:
             raise self._failure
+
+    def _watch(self) -> None:
+        """Fail when a round lasts too long; its own thread is inside a collective."""
+        limit = self._interval_s + self._timeout_s
+        while not self._over.wait(min(1.0, self._timeout_s / 10)):
+            waited = time.monotonic() - self._ended
+            if waited > limit and not self._abandoned:
+                self._fail(
+                    TimeoutError(
+                        f"Rounds: worker {self.worker} has waited {waited:.0f} s for "
+                        f"round {self.rounds} to end. Another worker has died or "
+                        "hangs, and its log says why, or a link is cut. Start all "
+                        "workers again from what they saved, or raise timeout_s for "
+                        "slower networks."
+                    )
+                )
+                return
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._replica.fail(error)
 
     def _run(self) -> None:
         replica = self._replica
@@ -207,16 +226,24 @@ class Rounds:
                     return
                 self._wake.wait(self._interval_s)
         except BaseException as error:
-            self._failure = error
-            replica.fail(error)
+            self._fail(error)
+        finally:
+            self._over.set()
 
     def _round(self, snapshot: Any, finished: bool) -> tuple[Any, Any, bool]:
         flag = jnp.asarray(float(finished))
-        carry, correction, all_finished = self._step(
-            self._carry, self._everyone(snapshot), self._everyone(flag)
-        )
+        models, flags = self._everyone(snapshot), self._everyone(flag)
+        try:
+            carry, correction, all_finished = self._step(self._carry, models, flags)
+            is_last = bool(all_finished.addressable_data(0))
+        except Exception as error:  # of several types, depending on the backend
+            raise RuntimeError(
+                f"Rounds: round {self.rounds} of worker {self.worker} failed: {error}. "
+                "If that names a connection, another worker has died, and its log says "
+                "why, or a link was cut. Start all workers again from what they saved."
+            ) from error
         own = jax.tree.map(lambda x: x.addressable_data(0)[0], correction)
-        return carry, own, bool(all_finished.addressable_data(0))
+        return carry, own, is_last
 
     def _everyone(self, tree: Any) -> Any:
         """Make arrays of all workers of which this process holds its own row."""

@@ -4,14 +4,25 @@ Sockets are ZeroMQ's, encrypted and authenticated by CURVE in both directions. T
 is derived from a secret that all workers share, and is never sent.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import ipaddress
+import os
+import shutil
 import socket
-from typing import Any
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
 from urllib.parse import urlsplit
+
+from bagua_jax import extras
+from bagua_jax.asynchrony.door import PROOF_S, Door
 
 __all__ = ["Server", "endpoint", "require_secret", "require_zmq"]
 
+_FOLDER = "bagua-jax-"  # in the system's folder of temporary files
 _LEAST_SECRET = 16
 _ENVELOPE = 256  # what CURVE adds to a message is less
 
@@ -20,11 +31,8 @@ def require_zmq() -> Any:
     """Import pyzmq, or say how to get it."""
     try:
         import zmq
-    except ImportError:
-        raise ImportError(
-            "PairGossip: it needs pyzmq, which is an extra: "
-            "pip install 'bagua-jax[async]'."
-        ) from None
+    except ModuleNotFoundError as error:
+        raise ImportError(extras.missing(error, "PairGossip")) from None
     return zmq
 
 
@@ -97,18 +105,19 @@ class Server:
         secret: shared by all workers.
         largest: bytes of the largest message; a connection on which a larger one
             arrives is closed before it is read.
+        most: connections of peers at a time.
 
     Raises:
         ValueError: if the secret is short, or the address is none to listen on.
         OSError: if it is taken.
     """
 
-    def __init__(self, address: str, secret: bytes, largest: int):
+    def __init__(self, address: str, secret: bytes, largest: int, most: int = 16):
         zmq = require_zmq()
         from zmq.auth.thread import ThreadAuthenticator
 
         require_secret(secret)
-        where = endpoint(address)
+        listener = _listener(endpoint(address))
         self.context = zmq.Context()
         self._public, self._private = _keys(secret)
         self._largest = largest
@@ -119,11 +128,12 @@ class Server:
         self.socket.curve_server = True
         self.socket.curve_publickey = self._public
         self.socket.curve_secretkey = self._private
-        try:
-            self.socket.bind(where)
-        except zmq.ZMQError as error:
-            self.close()
-            raise OSError(f"PairGossip: cannot listen on {where}: {error}.") from error
+        # Nobody but this user can open what is in the folder.
+        self._folder, self._lock = _own_folder()
+        inner = os.path.join(self._folder, "pairs")
+        self.socket.handshake_ivl = round(1000 * PROOF_S)
+        self.socket.bind(f"ipc://{inner}")
+        self.door = Door(listener, inner, most)
 
     def connect(self, address: str) -> Any:
         """Make a fresh socket that asks a peer; messages queue for live peers only."""
@@ -141,6 +151,43 @@ class Server:
         """Close every socket; what could not be sent in 0.2 s is dropped."""
         self._authenticator.stop()
         self.context.destroy(linger=200)
+        self.door.close(linger_s=0.2)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
+
+
+def _own_folder() -> tuple[str, IO[str]]:
+    """Make a folder that is locked as long as this process lives.
+
+    Those that killed processes have left are removed; one that is a minute old and not
+    locked has nobody.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):  # another user's, or in use
+            if left.stat().st_mtime < time.time() - 60:
+                with open(left / "lock", "r+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+    folder = tempfile.mkdtemp(prefix=_FOLDER)
+    lock = open(os.path.join(folder, "lock"), "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
+def _listener(where: str) -> socket.socket:
+    """Bind a socket to an address that :func:`endpoint` wrote."""
+    parts = urlsplit(where)
+    family = socket.AF_INET6 if where.startswith("tcp://[") else socket.AF_INET
+    made = socket.socket(family)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((parts.hostname, parts.port))
+    except OSError as error:
+        made.close()
+        raise OSError(
+            f"PairGossip: cannot listen on {where}: {error.strerror}."
+        ) from error
+    return made
 
 
 def _make(zmq: Any, context: Any, kind: int, largest: int) -> Any:

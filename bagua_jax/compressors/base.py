@@ -35,8 +35,13 @@ class CompressorFacts(NamedTuple):
             packing of the vector, and zeros as a copy of their own.
         attained: ``d -> x`` of d elements whose relative error is omega, or 1 - delta;
             it gives ``None`` for a d whose bound no vector reaches.
+        max_error: a number m with ``max|C(x) - x| <= m max|x|`` for every x and every
+            draw; below 1 it contracts in the maximum norm, whatever delta says.
         assumes: what omega or delta need beyond finite elements in the normal range of
             float32; empty if nothing.
+        range: for codes without a scale, the smallest and the largest magnitude that
+            they hold: what is below half the smallest becomes zero, and what is beyond
+            the largest is not finite. ``None`` where a scale follows the vector.
     """
 
     name: str
@@ -49,6 +54,8 @@ class CompressorFacts(NamedTuple):
     padding: Literal["zero", "edge"] = "zero"
     attained: Callable[[int], np.ndarray | None] | None = None
     assumes: str = ""
+    max_error: float | None = None
+    range: tuple[float, float] | None = None
 
 
 class Compressor(NamedTuple):
@@ -70,7 +77,7 @@ class Compressor(NamedTuple):
 
 
 def stateless(x: Any) -> tuple[()]:
-    """Give the empty state of a compressor that remembers nothing."""
+    """Return the empty state of a compressor that remembers nothing."""
     del x
     return ()
 
@@ -116,7 +123,7 @@ def require_choice(
 
 
 def require_key(name: str, key: jax.Array | None) -> jax.Array:
-    """Give the key; refuse its absence."""
+    """Return the key; refuse its absence."""
     if key is None:
         raise ValueError(
             f"{name}: it draws random numbers, and key is None. Pass a PRNG key to "

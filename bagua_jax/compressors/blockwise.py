@@ -17,6 +17,9 @@ from bagua_jax.compressors.base import (
 )
 from bagua_jax.compressors.numerics import (
     as_rows,
+    extrema,
+    is_finite,
+    over_power,
     randomly_up,
     row_shape,
     saturate,
@@ -70,7 +73,9 @@ def blockwise(
         With D = min(d, block) the relative error is at most (D - 2) / (2 (2^b - 1)^2),
         for either rounding: no contraction at all if D > 2 + 2 (2^b - 1)^2, which is 20
         for 2 bits and 100 for 3. Make blocks smaller there, or rotate the vector first
-        (``hadamard``). A NaN or infinity makes its whole block NaN.
+        (``hadamard``). No element is wrong by more than 1 / (2^b - 1) of the largest (2
+        with stochastic rounding), so that the error may be fed back all the same.
+        A NaN or infinity makes its whole block NaN.
 
     References:
         Block quantisation as in CGX (Markov et al., 2021, arXiv 2111.08617) and ZeRO++
@@ -107,12 +112,11 @@ def blockwise(
 
     def compress(key, x, state):
         rows = as_rows(x.astype(jnp.float32), block, "edge")
-        low = jnp.min(rows, axis=-1, keepdims=True)
-        high = jnp.max(rows, axis=-1, keepdims=True)
+        low, high = extrema(rows)
         ranges = jnp.concatenate([low, high], axis=-1)
-        unit, _ = unit_scale(rows)
-        least = jnp.min(unit, axis=-1, keepdims=True)
-        span = jnp.max(unit, axis=-1, keepdims=True) - least
+        unit, power = unit_scale(rows, jnp.maximum(-low, high))
+        least = over_power(low, power)
+        span = over_power(high, power) - least
         step = jnp.where(span > 0, span, 1) / top
         level = jnp.clip((unit - least) / step, 0, top)
         if stochastic:
@@ -126,7 +130,7 @@ def blockwise(
         count = math.prod(like.shape)
         levels = unpack(payload.codes, top + 1, count).astype(jnp.float32)
         low, high = payload.ranges[:, :1], payload.ranges[:, 1:]
-        finite = jnp.isfinite(low) & jnp.isfinite(high)
+        finite = is_finite(low) & is_finite(high)
         half = low / 2 + (high / 2 - low / 2) * (as_rows(levels, block) / top)
         rows = jnp.where(finite, half + half, jnp.nan)
         return saturate(rows.reshape(-1)[:count], like.dtype)
@@ -152,5 +156,6 @@ def blockwise(
         padding="edge",
         source="derived; sharp",
         attained=attained,
+        max_error=(2 if stochastic else 1) / top,
     )
     return Compressor(stateless, compress, decompress, facts)

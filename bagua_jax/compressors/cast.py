@@ -35,12 +35,27 @@ def cast(dtype: DTypeLike) -> Compressor:
 
     Notes:
         Values beyond the format's range become infinite (NaN in e4m3fn, which has no
-        infinity), so that an overflow is seen and never silently clipped.
+        infinity), so that an overflow is seen and never silently clipped. Values below
+        half its smallest one become zero: nothing is scaled. ``facts.range`` states
+        both ends, by :func:`jax.numpy.finfo`:
+
+        =============  ========  =======
+        format         smallest  largest
+        =============  ========  =======
+        float8_e4m3fn  2.0e-3    448
+        float8_e5m2    1.5e-5    57344
+        float16        6.0e-8    65504
+        bfloat16       9.2e-41   3.4e38
+        =============  ========  =======
+
+        Gradients of large models, of 1e-4 and less, vanish in the 8-bit formats. Codes
+        of 8 bits with a scale for each block are ``blockwise(8, 256)``.
 
     References:
         delta is 1 - (u/(1+u))^2 with u = 2^-p for values in the format's normal range:
         the rounding error of x is at most u/(1+u) |x|, attained at 1+u times a power
-        of two. Below the normal range the bound does not hold.
+        of two. Below the normal range the bound does not hold: there an error is at
+        most half the smallest value.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,7 +73,8 @@ def cast(dtype: DTypeLike) -> Compressor:
         )
     target = jnp.dtype(name)
     wire = jnp.dtype(f"uint{8 * target.itemsize}")
-    unit = float(jnp.finfo(target).eps) / 2
+    info = jnp.finfo(target)
+    unit = float(info.eps) / 2
 
     def compress(key, x, state):
         del key
@@ -74,5 +90,7 @@ def cast(dtype: DTypeLike) -> Compressor:
         payload_bytes=lambda like: math.prod(like.shape) * np.dtype(wire).itemsize,
         source="round to nearest even, normal range",
         padding="edge",
+        assumes="magnitudes in the format's normal range",
+        range=(float(info.smallest_subnormal), float(info.max)),
     )
     return Compressor(stateless, compress, decompress, facts)

@@ -138,5 +138,6 @@ def chain(
         linear=first.linear and second.linear,
         source="derived; an upper bound",
         assumes="; ".join(filter(None, (first.assumes, second.assumes))),
+        range=second.range,
     )
     return Compressor(init, compress, decompress, facts)

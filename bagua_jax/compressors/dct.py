@@ -30,7 +30,7 @@ __all__ = [
 
 @functools.cache
 def dct_matrix(size: int) -> np.ndarray:
-    r"""Give the orthonormal DCT-II of a length: [size, size] float32, y = T x.
+    r"""Return the orthonormal DCT-II of a length: [size, size] float32, y = T x.
 
     .. math:: T_{kj} = \sqrt{\tfrac{2 - [k = 0]}{s}}
               \cos\frac{\pi k (2j + 1)}{2 s}
@@ -52,7 +52,7 @@ def dct_matrix(size: int) -> np.ndarray:
 
 
 def block_sides(shape: tuple[int, ...], chunk: int) -> tuple[int, int]:
-    """Give the sides of an array's blocks: its sizes' largest divisors up to ``chunk``.
+    """Return the sides of an array's blocks: its sizes' largest divisors to ``chunk``.
 
     Args:
         shape: of the array. Its last two dimensions are cut into blocks, for each index

@@ -17,6 +17,8 @@ from bagua_jax.compressors.base import (
 )
 from bagua_jax.compressors.numerics import (
     as_rows,
+    largest_magnitude,
+    over_power,
     randomly_up,
     row_shape,
     saturate,
@@ -96,13 +98,14 @@ def dithering(
     def compress(key, x, state):
         key = require_key(name, key)
         rows = as_rows(x.astype(jnp.float32), width(x.shape[0]))
-        unit, scale = unit_scale(rows)
+        largest = largest_magnitude(rows)
+        unit, scale = unit_scale(rows, largest)
         unit = jnp.abs(unit)
         if norm == "l2":
             mean = jnp.sqrt(jnp.mean(unit**2, axis=-1, keepdims=True))
             length = mean * math.sqrt(rows.shape[1])
         else:
-            mean = length = jnp.max(unit, axis=-1, keepdims=True)
+            mean = length = over_power(largest, scale)
         scale = saturate(scale * mean, jnp.float32)
         # A length is at least 1 unless all elements are zero.
         length = jnp.maximum(length, 1)

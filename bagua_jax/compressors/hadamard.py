@@ -151,6 +151,7 @@ def hadamard(
         source=f"a rotation keeps norms; {facts.source}",
         attained=attained,
         assumes=facts.assumes,
+        range=facts.range,
     )
     return Compressor(lambda x: inner.init(rotated(x)), compress, decompress, outer)
 
@@ -169,7 +170,7 @@ def _walsh(rows: jax.Array) -> jax.Array:
 
 
 def _hadamard_matrix(size: int) -> np.ndarray:
-    """Give Sylvester's matrix, divided by the root of its size."""
+    """Return Sylvester's matrix, divided by the root of its size."""
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

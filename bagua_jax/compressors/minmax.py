@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bagua_jax.compressors.base import Compressor, CompressorFacts, stateless
+from bagua_jax.compressors.numerics import divide, extrema, is_finite
 
 __all__ = ["MinMaxPayload", "minmax_uint8"]
 
@@ -40,21 +41,21 @@ def _grid(low: jax.Array, high: jax.Array) -> _Grid:
         upper=jnp.rint(high * scale),
         low=low / 2,
         half=high / 2 - low / 2,
-        finite=jnp.isfinite(low) & jnp.isfinite(high),
+        finite=is_finite(low) & is_finite(high),
     )
 
 
 def _encode(x: jax.Array, grid: _Grid) -> jax.Array:
     multiple = jnp.minimum(jnp.rint(x * grid.scale), grid.upper) - (grid.upper - 255)
     step = jnp.where(grid.half > 0, grid.half, 1.0) / 255
-    offset = jnp.rint((x / 2 - grid.low) / step)
+    offset = jnp.rint(divide(x / 2 - grid.low, step))
     code = jnp.where(grid.aligned, multiple, offset)
     return jnp.clip(code, 0, 255).astype(jnp.uint8)
 
 
 def _decode(codes: jax.Array, grid: _Grid, dtype: jnp.dtype) -> jax.Array:
     level = codes.astype(jnp.float32)
-    multiple = (level + (grid.upper - 255)) / grid.scale
+    multiple = divide(level + (grid.upper - 255), grid.scale)
     fraction = grid.half * (level / 255)
     offset = (grid.low + fraction) + (grid.low + fraction)
     value = jnp.where(grid.aligned, multiple, offset)
@@ -114,7 +115,7 @@ def minmax_uint8() -> Compressor:
     def compress(key, x, state):
         del key
         x = x.astype(jnp.float32)
-        bounds = jnp.stack([jnp.min(x), jnp.max(x)])
+        bounds = jnp.concatenate(extrema(x))
         return MinMaxPayload(_encode(x, _grid(*bounds)), bounds), state
 
     def decompress(payload, like):

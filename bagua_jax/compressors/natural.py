@@ -16,7 +16,7 @@ from bagua_jax.compressors.base import (
     stateless,
 )
 from bagua_jax.compressors.dithering import Grid, Norm, dithering
-from bagua_jax.compressors.numerics import saturate
+from bagua_jax.compressors.numerics import is_finite, saturate
 from bagua_jax.compressors.packing import pack, packed_bytes, unpack
 
 __all__ = ["NaturalPayload", "natural", "natural_dithering"]
@@ -82,7 +82,7 @@ def natural() -> Compressor:
         bits = (signs << 31) | (payload.exponents.astype(jnp.uint32) << 23)
         value = lax.bitcast_convert_type(bits, jnp.float32)
         narrow = saturate(value, like.dtype)
-        return jnp.where(jnp.isinf(value), value.astype(like.dtype), narrow)
+        return jnp.where(is_finite(value), narrow, value.astype(like.dtype))
 
     def payload_bytes(like):
         count = math.prod(like.shape)
@@ -222,7 +222,7 @@ def _omega_l2(levels: int, d: int) -> float:
 
 
 def _omega_max(levels: int, d: int) -> tuple[float, float]:
-    """Give omega, and the size of the elements beside a 1 that attain it."""
+    """Return omega, and the size of the elements beside a 1 that attain it."""
     least, others = 2.0 ** (1 - levels), d - 1
     lowest = (math.sqrt(1 + others * least**2) - 1) / 2
     below = (lowest, least / (2 * (1 + lowest)))

@@ -8,7 +8,7 @@ __all__ = ["index_dtype", "pack", "packed_bytes", "unpack"]
 
 
 def index_dtype(count: int) -> np.dtype:
-    """Give the narrowest unsigned integer that holds 0 .. count - 1.
+    """Return the narrowest unsigned integer that holds 0 .. count - 1.
 
     Example:
         >>> [str(index_dtype(n)) for n in (1, 256, 257, 65536, 65537)]

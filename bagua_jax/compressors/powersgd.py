@@ -135,6 +135,6 @@ def powersgd(rank: int = 2, seed: int = 0) -> Compressor:
 
 
 def _matrix_shape(d: int) -> tuple[int, int]:
-    """Give the rows and columns of the nearly square matrix of d elements."""
+    """Return the rows and columns of the nearly square matrix of d elements."""
     columns = max(1, math.isqrt(d - 1) + 1) if d > 0 else 1
     return -(-d // columns), columns

@@ -16,7 +16,13 @@ from bagua_jax.compressors.base import (
     require_number,
     stateless,
 )
-from bagua_jax.compressors.numerics import kept, poisoned, saturate, seeded
+from bagua_jax.compressors.numerics import (
+    draw_places,
+    kept,
+    poisoned,
+    saturate,
+    seeded,
+)
 
 __all__ = ["RandKPayload", "randk"]
 
@@ -135,9 +141,9 @@ def _draw_seed(key: jax.Array, shared: bool) -> jax.Array:
 
 
 def _subset(seed: jax.Array, d: int, k: int) -> jax.Array:
-    """Draw k of d places: those of the k largest among d random numbers."""
+    """Draw the places that a seed stands for."""
     if seed.dtype != jnp.uint32:
         small = jnp.rint(seed[1:] / seed[0]).astype(jnp.uint8)
         word = lax.bitcast_convert_type(small, jnp.uint32)
         seed = jnp.stack([jnp.zeros_like(word), word])
-    return lax.top_k(jax.random.bits(seeded(seed), (d,), jnp.uint32), k)[1]
+    return draw_places(seeded(seed), d, k)

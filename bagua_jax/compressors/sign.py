@@ -50,6 +50,9 @@ def sign(scale: Literal["l1", "l2"] = "l1") -> Compressor:
         ``"l2"``, hence 1 - delta = 2 (1 - 1/sqrt(d)), which is no contraction for
         d >= 4. One element other than zero attains either. Zeros that fill a vector up
         to whole partitions lower the scale. A NaN or infinity makes everything NaN.
+        Because sign(0) = +1, an entry whose gradient is always zero (an unused row of
+        an embedding, a masked weight) is moved by +scale; error feedback takes that
+        back a step later. Mask such leaves (``optax.masked``) where it matters.
 
     References:
         Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression

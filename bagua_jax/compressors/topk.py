@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bagua_jax.compressors.base import (
     Compressor,
@@ -15,7 +14,12 @@ from bagua_jax.compressors.base import (
     require_number,
     stateless,
 )
-from bagua_jax.compressors.numerics import as_rows, kept, row_shape
+from bagua_jax.compressors.numerics import (
+    as_rows,
+    kept,
+    largest_places,
+    row_shape,
+)
 from bagua_jax.compressors.packing import index_dtype
 
 __all__ = [
@@ -44,8 +48,7 @@ def largest_of_rows(rows: jax.Array, k: int) -> SparsePayload:
         rows: [rows, width].
         k: 1 .. width.
     """
-    size = jnp.where(jnp.isnan(rows), jnp.inf, jnp.abs(rows))
-    _, indices = lax.top_k(size, k)
+    indices = largest_places(rows, k)
     values = jnp.take_along_axis(rows, indices, axis=-1)
     narrow = indices.astype(index_dtype(rows.shape[1]))
     return SparsePayload(values.reshape(-1), narrow.reshape(-1))

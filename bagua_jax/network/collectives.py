@@ -375,7 +375,7 @@ def _groups(network: Network, groups: Devices | None, caller: str) -> np.ndarray
 def checked_placement(
     network: Network, placement: Sequence[int] | None, workers: int, caller: str
 ) -> np.ndarray:
-    """Give the device of each worker, by default its own number, or refuse."""
+    """Return the device of each worker, by default its own number, or refuse."""
     device = np.arange(workers) if placement is None else np.array(placement)
     integers = device.ndim == 1 and np.issubdtype(device.dtype, np.integer)
     valid = integers and len(device) == workers == np.unique(device).size

@@ -58,7 +58,7 @@ PRESETS: Mapping[str, Callable[..., Network]] = {
 
 
 def preset(name: str, num_nodes: int, per_node: int = 1, *, ports: int = 1) -> Network:
-    """Give a network by name. Its constants are stated, not measured.
+    """Return a network by name. Its constants are stated, not measured.
 
     - ``10gbit``, ``25gbit``, ``100gbit``, ``400gbit``: Ethernet between nodes, 20 us,
       goodput 1448/1538 (TCP, MTU 1500).

@@ -1,4 +1,4 @@
-"""Programs compiled for clusters that are not here, and what they say of a step.
+"""Ahead-of-time compilation for clusters, and the step time that follows from it.
 
 :func:`compile` builds a per-worker function for a :class:`Cluster` that is described,
 not attached: 128 H100s, or a TPU slice, from a laptop. The result holds the optimized

@@ -30,7 +30,7 @@ _STATS = (
 
 def main(folder: Path) -> None:
     """Compile what the folder asks for."""
-    request = json.loads((folder / "request.json").read_text())
+    request = json.loads((folder / "request.json").read_text("utf-8"))
     devices = topologies.get_topology_desc(**request["topology"]).devices
     options = get_compile_options(
         num_replicas=1,
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     build.allow_spmd_sharding_propagation_to_output = [True]
     with mlir.make_ir_context():
         compiled = devices[0].client.compile(
-            ir.Module.parse((folder / "program.mlir").read_text()),
+            ir.Module.parse((folder / "program.mlir").read_text("utf-8")),
             executable_devices=xla_client.DeviceList(tuple(devices)),
             compile_options=options,
         )
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
         "hlo": module.to_string(),
         "memory": {name: getattr(stats, name) for name in _STATS},
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result), "utf-8")
 
 
 if __name__ == "__main__":

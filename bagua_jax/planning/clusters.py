@@ -1,4 +1,4 @@
-"""Clusters that are not here: what a compiler must be told to build for them."""
+"""Clusters as compilation targets: what a compiler must be told to build for them."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class Cluster:
         )
 
     def topology(self) -> dict[str, str]:
-        """Give the arguments of ``jax.experimental.topologies.get_topology_desc``."""
+        """Return the arguments of ``jax.experimental.topologies.get_topology_desc``."""
         if self.platform == "tpu":
             sizes = "x".join(map(str, self.shape))
             return {"platform": "tpu", "topology_name": f"{self.chip}:{sizes}"}

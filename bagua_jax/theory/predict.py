@@ -196,7 +196,7 @@ def _case(algorithm, problem, options, learning_rate, momentum, start) -> _Case:
 
 
 def _energies(case: _Case, problem: Quadratic):
-    """Give (steps taken, energies summed over elements), for ever."""
+    """Return (steps taken, energies summed over elements), for ever."""
     stride = case.parts[0][0].modes.steps
     paths = [
         part.energies(start, offsets, problem.sigma)

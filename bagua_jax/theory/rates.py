@@ -172,7 +172,7 @@ def qsgd_floor(
 
 
 def diana_learning_rate(smoothness: float, omega: float, n: int) -> Bound:
-    r"""Give DIANA's step: :math:`1/(L (1 + 6 \omega/n))`.
+    r"""Return DIANA's step: :math:`1/(L (1 + 6 \omega/n))`.
 
     Args:
         smoothness: L.
@@ -208,7 +208,7 @@ def diana_rate(learning_rate: float, strong_convexity: float, alpha: float) -> B
 def marina_learning_rate(
     smoothness: float, omega: float, n: int, probability: float
 ) -> Bound:
-    r"""Give MARINA's step: :math:`1/(L (1 + \sqrt{(1 - p) \omega / (p n)}))`.
+    r"""Return MARINA's step: :math:`1/(L (1 + \sqrt{(1 - p) \omega / (p n)}))`.
 
     Args:
         smoothness: L.
@@ -227,7 +227,7 @@ def marina_learning_rate(
 
 
 def ef_sgd_rate(steps: int, n: int, delta: float, sigma: float) -> Bound:
-    r"""Give the order of error feedback's mean squared gradient.
+    r"""Return the order of error feedback's mean squared gradient.
 
     :math:`\sigma/\sqrt{n T} + (1/(\delta T))^{2/3}`.
 
@@ -248,7 +248,7 @@ def ef_sgd_rate(steps: int, n: int, delta: float, sigma: float) -> Bound:
 
 
 def ef21_constants(delta: float) -> tuple[float, float]:
-    r"""Give EF21's theta = 1 - sqrt(1 - delta) and beta = (1 - delta)/theta.
+    r"""Return EF21's theta = 1 - sqrt(1 - delta) and beta = (1 - delta)/theta.
 
     Args:
         delta: contraction of the compressor.
@@ -263,7 +263,7 @@ def ef21_learning_rate(
     mean_smoothness: float,
     strong_convexity: float | None = None,
 ) -> Bound:
-    r"""Give EF21's step.
+    r"""Return EF21's step.
 
     :math:`1/(L + \tilde L \sqrt{\beta/\theta})`; with mu for the linear rate
     :math:`\min\{1/(L + \tilde L \sqrt{2 \beta/\theta}), \theta/(2 \mu)\}`.
@@ -312,7 +312,7 @@ def ef21_rate(learning_rate: float, strong_convexity: float) -> Bound:
 
 
 def d2_smallest_eigenvalue() -> Bound:
-    """Give the eigenvalue of W above which D2 is stable for small steps: -1/3."""
+    """Return the eigenvalue of W above which D2 is stable for small steps: -1/3."""
     return Bound(
         -1 / 3,
         "every eigenvalue of W above",
@@ -323,7 +323,7 @@ def d2_smallest_eigenvalue() -> Bound:
 
 
 def choco_consensus_step(gap: float, farthest: float, delta: float) -> Bound:
-    r"""Give CHOCO's consensus step.
+    r"""Return CHOCO's consensus step.
 
     :math:`\rho^2 \delta / (16 \rho + \rho^2 + 4 \beta^2 + 2 \rho \beta^2 - 8 \rho
     \delta)`, with the gap rho and beta = ||I - W||.
@@ -360,7 +360,7 @@ def choco_energy_rate(gap: float, delta: float) -> Bound:
 
 
 def dcd_largest_error(gap: float, farthest: float) -> Bound:
-    r"""Give the relative error sup ||C(z) - z||/||z|| that DCD is proved to stand.
+    r"""Return the relative error sup ||C(z) - z||/||z|| that DCD is proved to stand.
 
     :math:`\alpha < (1 - \rho)/(2 \mu)`, from :math:`(1 - \rho)^2 - 4 \mu^2 \alpha^2 >
     0`. The exact threshold on vertex-transitive graphs is

@@ -75,6 +75,13 @@ def require_known(topology: str | Topology, caller: str) -> None:
         return
     if isinstance(topology, str) and topology in REGISTRY:
         return
+    if hasattr(topology, "is_directed") or hasattr(topology, "__array__"):
+        is_graph = hasattr(topology, "is_directed")
+        raise ValueError(
+            f"{caller}: topology must be a Topology or a name, got a "
+            f"{type(topology).__name__}. Pass bagua_jax.topologies."
+            f"{'from_networkx(graph)' if is_graph else 'from_matrix(W)'}."
+        )
     near = difflib.get_close_matches(str(topology), REGISTRY, n=3, cutoff=0.4)
     raise ValueError(
         f"{caller}: topology must be a Topology or one of {', '.join(REGISTRY)}; got "

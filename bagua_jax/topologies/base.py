@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 __all__ = ["MixingStep", "Send", "Topology"]
 
+MAX_MESSAGES = 2**20  # of a period, each a pair of numbers; 1 s and 200 MB to list
 TOLERANCE = 1e-12  # of sums of weights in float64, and of what counts as exact
 
 
@@ -40,6 +41,17 @@ class MixingStep(NamedTuple):
     self_weights: tuple[float, ...]
     sends: tuple[Send, ...]
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the exact mean over all workers, as one all-reduce is."""
+        n = len(self.self_weights)
+        weights = [self.self_weights, *(send.weights for send in self.sends)]
+        if n == 1:
+            return True
+        if any(ws.count(1 / n) != n for ws in weights):
+            return False
+        return len(set().union(*(send.pairs for send in self.sends))) == n * (n - 1)
+
 
 class Topology(NamedTuple):
     """Who talks to whom, and with which weights, at each step of a period.
@@ -68,8 +80,8 @@ class Topology(NamedTuple):
         mixing = self.steps[step % self.period]
         w = np.diag(np.asarray(mixing.self_weights))
         for send in mixing.sends:
-            for source, destination in send.pairs:
-                w[destination, source] += send.weights[destination]
+            sources, destinations = _ends(send)
+            w[destinations, sources] += np.asarray(send.weights)[destinations]
         return w
 
     def eigenvalues(self, step: int = 0) -> np.ndarray:
@@ -155,14 +167,16 @@ class Topology(NamedTuple):
     @property
     def symmetric(self) -> bool:
         """Whether W equals its transpose, within 1e-12, at every step."""
-        matrices = map(self.mixing_matrix, range(self.period))
-        return all(np.allclose(w, w.T, rtol=0, atol=TOLERANCE) for w in matrices)
+        return all(_symmetric(self.n, mixing) for mixing in self.steps)
 
     @property
     def connected(self) -> bool:
         """Whether everybody's vector reaches everybody when steps repeat."""
-        matrices = map(self.mixing_matrix, range(self.period))
-        return is_connected(sum(matrices, np.zeros((self.n, self.n))))
+        linked = np.zeros((self.n, self.n), bool)
+        for mixing in self.steps:
+            receivers, senders, weights = _entries(self.n, mixing)
+            linked[receivers, senders] |= weights != 0
+        return all(reached(side).all() for side in (linked, linked.T))
 
     @property
     def messages(self) -> float:
@@ -253,35 +267,82 @@ def _times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.zeros_like(product) if noise else product
 
 
-def _stochastic(topology: Topology, axis: int) -> bool:
-    matrices = map(topology.mixing_matrix, range(topology.period))
-    return all(
-        w.min() >= 0 and np.abs(w.sum(axis) - 1).max() <= TOLERANCE for w in matrices
+def _ends(send: Send) -> np.ndarray:
+    """[2, pairs]: sources and destinations."""
+    return np.array(send.pairs, int).reshape(-1, 2).T
+
+
+def _entries(n: int, mixing: MixingStep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """List a step's i, j and W_ij, each pair once; a large W is mostly zeros."""
+    ends = np.concatenate(
+        [np.tile(np.arange(n), (2, 1)), *map(_ends, mixing.sends)], axis=1
     )
+    weights = [np.asarray(send.weights)[_ends(send)[1]] for send in mixing.sends]
+    pairs, place = np.unique(ends[1] * n + ends[0], return_inverse=True)
+    found = np.bincount(place, np.concatenate([mixing.self_weights, *weights]))
+    return pairs // n, pairs % n, found
 
 
-def is_connected(weights: np.ndarray) -> bool:
-    """Tell whether a directed graph [n, n] leads from every worker to every other."""
-    n = len(weights)
-    reached = (weights != 0) | np.eye(n, dtype=bool)
-    for _ in range(n.bit_length()):  # paths of length 2, 4, 8, ...
-        reached = reached.astype(np.float32) @ reached > 0
-    return bool(reached.all())
+def _stochastic(topology: Topology, axis: int) -> bool:
+    def sums(mixing: MixingStep) -> bool:
+        *ends, weights = _entries(topology.n, mixing)
+        found = np.bincount(ends[1 - axis], weights, topology.n)
+        return weights.min() >= 0 and bool(np.abs(found - 1).max() <= TOLERANCE)
+
+    return all(map(sums, topology.steps))
+
+
+def _symmetric(n: int, mixing: MixingStep) -> bool:
+    i, j, weights = _entries(n, mixing)
+    there, back = i * n + j, j * n + i
+    order = np.argsort(back)
+    if np.array_equal(there, back[order]):
+        return bool(np.allclose(weights, weights[order], rtol=0, atol=TOLERANCE))
+    w = Topology("", n, (mixing,)).mixing_matrix()  # zeros may be listed on one side
+    return bool(np.allclose(w, w.T, rtol=0, atol=TOLERANCE))
+
+
+def reached(linked: np.ndarray) -> np.ndarray:
+    """Follow the links [n, n] from worker 0, each row once: [n] whom they lead to."""
+    known = np.zeros(len(linked), bool)
+    known[0], frontier = True, np.array([0])
+    while frontier.size:
+        fresh = linked[frontier].any(0) & ~known
+        known |= fresh
+        frontier = np.flatnonzero(fresh)
+    return known
 
 
 def circulant(n: int, self_weight: float, shifts: Sequence[tuple[int, float]]):
     """Build the step where worker i hears worker i - shift for each (shift, weight)."""
+    workers = tuple(range(n))
+
+    def rotated(shift: int) -> tuple[int, ...]:
+        return workers[shift % n :] + workers[: shift % n]
+
     return MixingStep(
         self_weights=(self_weight,) * n,
         sends=tuple(
-            Send(tuple((i, (i + shift) % n) for i in range(n)), (weight,) * n)
+            Send(tuple(zip(workers, rotated(shift), strict=True)), (weight,) * n)
             for shift, weight in shifts
         ),
     )
 
 
-def mixing_step(w: np.ndarray) -> MixingStep:
-    """Split a matrix into as few sends as there can be.
+def mixing_step(w: np.ndarray, name: str = "from_matrix") -> MixingStep:
+    """Split a matrix into as few sends as there can be: see :func:`weighted_step`.
+
+    Args:
+        w: [n, n], the matrix of one step.
+        name: of the topology, for the error.
+    """
+    entries = np.argwhere(w != 0)
+    require_few(name, len(entries) - int(np.count_nonzero(np.diag(w))))
+    return weighted_step(len(w), {(i, j): float(w[i, j]) for i, j in entries.tolist()})
+
+
+def weighted_step(n: int, weights: Mapping[tuple[int, int], float]) -> MixingStep:
+    """Split weights into as few sends as there can be.
 
     Weights belong to receivers, so that any partial permutation is one send. The links
     of W make a bipartite graph of sources and destinations; sends are the colours of
@@ -289,21 +350,20 @@ def mixing_step(w: np.ndarray) -> MixingStep:
     or to receive: 2 for a path, n-1 for a star.
 
     Args:
-        w: [n, n], the matrix of one step.
+        n: number of workers.
+        weights: W_ij of a step by (i, j); those that are left out are 0.
 
     Returns:
         The step, whose number of sends is the largest in- or out-degree.
     """
-    n = len(w)
-    off_diagonal = (w != 0) & ~np.eye(n, dtype=bool)
-    links = [(int(j), int(i)) for i, j in np.argwhere(off_diagonal)]
+    links = [(j, i) for (i, j), x in sorted(weights.items()) if i != j and x != 0]
     sends = []
     for pairs in _colour(links):
-        weights = [0.0] * n
+        heard = [0.0] * n
         for source, destination in pairs:
-            weights[destination] = float(w[destination, source])
-        sends.append(Send(tuple(pairs), tuple(weights)))
-    return MixingStep(tuple(float(x) for x in np.diag(w)), tuple(sends))
+            heard[destination] = weights[destination, source]
+        sends.append(Send(tuple(pairs), tuple(heard)))
+    return MixingStep(tuple(weights.get((i, i), 0.0) for i in range(n)), tuple(sends))
 
 
 def _colour(links: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -315,15 +375,21 @@ def _colour(links: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """
     outgoing = defaultdict(dict)  # outgoing[source][colour] = destination
     incoming = defaultdict(dict)  # incoming[destination][colour] = source
+    sent, heard = defaultdict(int), defaultdict(int)  # below these all are taken
 
     def paint(link, colour):
         source, destination = link
         outgoing[source][colour] = destination
         incoming[destination][colour] = source
 
+    def free(coloured, below, node):
+        while below[node] in coloured[node]:
+            below[node] += 1
+        return below[node]
+
     for source, destination in links:
-        a = next(c for c in itertools.count() if c not in outgoing[source])
-        b = next(c for c in itertools.count() if c not in incoming[destination])
+        a = free(outgoing, sent, source)
+        b = free(incoming, heard, destination)
         path, end = [], destination
         for colour, links_at in itertools.cycle(((a, incoming), (b, outgoing))):
             other = links_at[end].get(colour)
@@ -334,6 +400,7 @@ def _colour(links: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
             end = other
         for (i, j), colour in path:
             del outgoing[i][colour], incoming[j][colour]
+            sent[i], heard[j] = min(sent[i], colour), min(heard[j], colour)
         for link, colour in path:
             paint(link, a + b - colour)
         paint((source, destination), a)
@@ -355,4 +422,19 @@ def require_workers(name: str, n: int) -> None:
         raise ValueError(
             f"{name}: n must be a positive integer, got {n!r}. "
             "It is the number of workers on the axis."
+        )
+
+
+def require_few(name: str, messages: int) -> None:
+    """Refuse a period of more messages than can be listed.
+
+    Raises:
+        ValueError: naming the topology and their number.
+    """
+    if messages > MAX_MESSAGES:
+        raise ValueError(
+            f"{name}: a period must have at most {MAX_MESSAGES:,} messages, which are "
+            f"listed one by one, and has {messages:,}. Use fewer workers, fewer "
+            "neighbours, such as those of 'one_peer_exponential', or an all-reduce for "
+            "the exact mean."
         )

@@ -1,12 +1,18 @@
 """Base-(k+1) graphs: the exact mean in few steps, for any number of workers."""
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate
 
 import numpy as np
 
-from bagua_jax.topologies.base import Topology, mixing_step, require_workers
+from bagua_jax.topologies.base import (
+    Topology,
+    require_few,
+    require_workers,
+    weighted_step,
+)
 
 __all__ = ["base_k"]
 
@@ -45,7 +51,8 @@ def base_k(n: int, k: int = 1) -> Topology:
         dimension a step, with the log2 n steps of ``one_peer_exponential``.
 
     Raises:
-        ValueError: if n or k is not a positive integer.
+        ValueError: if n or k is not a positive integer, or a step would have more
+            than 2^20 messages.
 
     References:
         Takezawa et al., `Beyond Exponential Graph: Communication-Efficient Topologies
@@ -64,12 +71,45 @@ def base_k(n: int, k: int = 1) -> Topology:
             f"base_k: k must be a positive integer, got {k!r}. It is the most workers "
             "that one meets in a step; 1 gives the fewest messages."
         )
+    n, k = int(n), int(k)
+    require_few("base_k", n * min(k, n - 1))
     smooth = math.prod(_prime_factors(n, k + 1))
     rest = n // smooth
-    split = [np.kron(np.eye(smooth), w) for w in _simple(rest, k)]
-    split += [np.kron(w, np.eye(rest)) for w in _hyper_hypercube(smooth, k)]
-    matrices = min(split, _simple(n, k), key=len) or [np.eye(n)]
-    return Topology("base_k", n, tuple(mixing_step(w) for w in matrices))
+    split = [_repeated(w, smooth, rest) for w in _simple(rest, k)]
+    split += [_spread(w, rest) for w in _hyper_hypercube(smooth, k)]
+    steps = min(split, _simple(n, k), key=len) or [_alone(range(n))]
+    return Topology("base_k", n, tuple(weighted_step(n, w) for w in steps))
+
+
+# Weights of a step by (receiver, sender), as most of a matrix is zero.
+_Weights = dict[tuple[int, int], float]
+
+
+def _alone(workers: Iterable[int]) -> _Weights:
+    return {(i, i): 1.0 for i in workers}
+
+
+def _mean(workers: Sequence[int]) -> _Weights:
+    return {(i, j): 1 / len(workers) for i in workers for j in workers}
+
+
+def _repeated(w: _Weights, count: int, size: int) -> _Weights:
+    """Let ``count`` sets of ``size`` workers, one after the other, do the same."""
+    starts = range(0, count * size, size)
+    return {(s + i, s + j): x for s in starts for (i, j), x in w.items()}
+
+
+def _spread(w: _Weights, stride: int) -> _Weights:
+    """Let ``stride`` sets, of every ``stride``-th worker, do the same."""
+    return {
+        (i * stride + t, j * stride + t): x
+        for (i, j), x in w.items()
+        for t in range(stride)
+    }
+
+
+def _moved(w: _Weights, start: int) -> _Weights:
+    return {(start + i, start + j): x for (i, j), x in w.items()}
 
 
 def _prime_factors(n: int, largest: int) -> list[int]:
@@ -91,43 +131,45 @@ def _few_factors(n: int, largest: int) -> tuple[int, ...]:
     return min(((f, *_few_factors(n // f, largest)) for f in divisors), key=len)
 
 
-def _hyper_hypercube(n: int, k: int) -> list[np.ndarray]:
+def _hyper_hypercube(n: int, k: int) -> list[_Weights]:
     """Average digit by digit; n has no prime factor above k+1."""
     steps, stride = [], 1
     for factor in _few_factors(n, k + 1):
-        average = np.kron(np.full((factor, factor), 1 / factor), np.eye(stride))
+        average = _spread(_mean(range(factor)), stride)
         stride *= factor
-        steps.append(np.kron(np.eye(n // stride), average))
+        steps.append(_repeated(average, n // stride, stride))
     return steps
 
 
-def _simple(n: int, k: int) -> list[np.ndarray]:
+def _simple(n: int, k: int) -> list[_Weights]:
     """Average group after group of n's digits in base k+1: steps 1 to 3 above."""
     groups = _digits(n, k + 1)
     if len(groups) == 1:
         return _hyper_hypercube(n, k)
-    bounds = [0, *np.cumsum([count * size for count, size in groups]).tolist()]
-    blocks = [slice(*ends) for ends in pairwise(bounds)]
+    bounds = list(accumulate((count * size for count, size in groups), initial=0))
     steps = []
 
-    whole = [_hyper_hypercube(count * size, k) or [np.eye(1)] for count, size in groups]
+    whole = [
+        _hyper_hypercube(count * size, k) or [_alone(range(1))]
+        for count, size in groups
+    ]
     for t in range(len(whole[0])):
-        w = np.zeros((n, n))
-        for block, averages in zip(blocks, whole, strict=True):
-            w[block, block] = averages[t % len(averages)]
+        w = {}
+        for start, averages in zip(bounds, whole, strict=False):
+            w |= _moved(averages[t % len(averages)], start)
         steps.append(w)
 
     subsets = [
-        [np.kron(np.eye(count), w) for w in _hyper_hypercube(size, k)]
-        or [np.full((count, count), 1 / count)]
+        [_repeated(w, count, size) for w in _hyper_hypercube(size, k)]
+        or [_mean(range(count))]
         for count, size in groups
     ]
     for turn in range(1 + len(subsets[0])):
-        w = np.eye(n)
-        for block, averages in zip(blocks[:turn], subsets, strict=False):
-            w[block, block] = averages[turn % len(averages)]
+        w = _alone(range(bounds[min(turn, len(groups))], n))
+        for start, averages in zip(bounds[:turn], subsets, strict=False):
+            w |= _moved(averages[turn % len(averages)], start)
         if turn < len(groups):
-            _meet(w, *groups[turn], np.arange(bounds[turn], n), k)
+            _meet(w, *groups[turn], range(bounds[turn], n), k)
         steps.append(w)
     return steps
 
@@ -145,17 +187,17 @@ def _digits(n: int, base: int) -> list[tuple[int, int]]:
     return digits
 
 
-def _meet(w: np.ndarray, count: int, size: int, workers: np.ndarray, k: int) -> None:
+def _meet(w: _Weights, count: int, size: int, workers: range, k: int) -> None:
     """Write one group's turn into w: its subsets come first among the workers."""
     later = workers[count * size :]
     weight = size / len(workers)
     idle = []
-    w[later, later] = 1 - count * weight
-    for subset in workers[: count * size].reshape(count, size):
-        met = subset[: len(later)]
-        w[later, met] = w[met, later] = weight
-        w[met, met] = 1 - weight
+    w |= {(i, i): 1 - count * weight for i in later}
+    for start in range(0, count * size, size):
+        subset = workers[start : start + size]
+        for i, j in zip(later, subset, strict=False):
+            w[i, j] = w[j, i] = weight
+            w[j, j] = 1 - weight
         idle.extend(subset[len(later) :])
     for start in range(0, len(idle), k + 1):
-        some = idle[start : start + k + 1]
-        w[np.ix_(some, some)] = 1 / len(some)
+        w |= _mean(idle[start : start + k + 1])

@@ -1,6 +1,6 @@
 """The complete graph: everybody hears everybody."""
 
-from bagua_jax.topologies.base import Topology, circulant, require_workers
+from bagua_jax.topologies.base import Topology, circulant, require_few, require_workers
 
 __all__ = ["complete"]
 
@@ -17,12 +17,13 @@ def complete(n: int) -> Topology:
         A symmetric topology of period 1 with W = 11'/n; contraction 0.
 
     Raises:
-        ValueError: if n < 1.
+        ValueError: if n < 1, or above 1,024: a period has at most 2^20 messages.
 
     Example:
         >>> complete(4).mixing_matrix()[0].tolist()
         [0.25, 0.25, 0.25, 0.25]
     """
     require_workers("complete", n)
+    require_few("complete", n * (n - 1))
     shifts = [(shift, 1 / n) for shift in range(1, n)]
     return Topology("complete", n, (circulant(n, 1 / n, shifts),))

@@ -9,9 +9,10 @@ import numpy as np
 
 from bagua_jax.topologies.base import (
     Topology,
-    is_connected,
-    mixing_step,
+    reached,
+    require_few,
     require_workers,
+    weighted_step,
 )
 
 __all__ = [
@@ -23,7 +24,10 @@ __all__ = [
     "star",
 ]
 
+_ROWS = 256  # of a matrix at a time
 _DRAWS = 1000  # of a random graph, before giving up on a connected one
+_DRAWN = 2**26  # pairs of workers in all of them; ten draws of a larger graph
+_LONELY = 14.0  # workers without a neighbour, expected: e^-14 of the draws has none
 
 
 def from_edges(
@@ -70,15 +74,24 @@ def from_edges(
                 "workers from 0, and pass n as their number."
             )
         linked[i, j] = linked[j, i] = i != j
-    if not is_connected(linked):
+    if not reached(linked).all():
         raise ValueError(
             f"{name}: the graph must be connected, and these edges leave its {n} "
             "workers in parts that never hear of one another. Add edges between them."
         )
     degrees = linked.sum(0)
-    w = np.where(linked, 1 / (1 + np.maximum.outer(degrees, degrees)), 0)
-    w += np.diag(1 - w.sum(1))
-    return Topology(name, n, (mixing_step(w),))
+    weights: dict[tuple[int, int], float] = {}
+    for start in range(0, n, _ROWS):  # W as a whole would be large
+        i, j = np.nonzero(linked[start : start + _ROWS])
+        i += start
+        rows = np.zeros((min(_ROWS, n - start), n))
+        rows[i - start, j] = heard = 1 / (1 + np.maximum(degrees[i], degrees[j]))
+        pairs = zip(i.tolist(), j.tolist(), strict=True)
+        weights |= zip(pairs, heard.tolist(), strict=True)
+        own = (1 - rows.sum(1)).tolist()
+        weights |= {(start + k, start + k): x for k, x in enumerate(own)}
+    require_few(name, len(weights) - n)
+    return Topology(name, n, (weighted_step(n, weights),))
 
 
 def star(n: int) -> Topology:
@@ -195,13 +208,16 @@ def erdos_renyi(n: int, p: float | None = None, seed: int = 0) -> Topology:
             "edge; leave it out for 2 ln(n)/n."
         )
     rng = np.random.default_rng(seed)
-    for _ in range(_DRAWS):
-        linked = np.triu(rng.random((n, n)) < p, k=1)
-        if is_connected(linked | linked.T):
+    draws = max(10, min(_DRAWS, _DRAWN // n**2))
+    for _ in range(draws if n * (1 - p) ** (n - 1) < _LONELY else 0):
+        rows = (min(_ROWS, n - start) for start in range(0, n, _ROWS))
+        linked = np.triu(np.vstack([rng.random((k, n)) < p for k in rows]), k=1)
+        if reached(linked | linked.T).all():
+            require_few("erdos_renyi", 2 * int(linked.sum()))
             edges = zip(*np.nonzero(linked), strict=True)
             return from_edges(n, edges, name="erdos_renyi")
     raise ValueError(
-        f"erdos_renyi: none of {_DRAWS} graphs with n={n} and p={p} is connected. "
+        f"erdos_renyi: none of {draws} graphs with n={n} and p={p} is connected. "
         f"Take a larger p: above ln(n)/n = {math.log(n) / n:.3g} most are."
     )
 

@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from bagua_jax.topologies.base import MixingStep, Send, Topology, require_workers
+from bagua_jax.topologies.base import (
+    MixingStep,
+    Send,
+    Topology,
+    require_few,
+    require_workers,
+)
 
 __all__ = ["random_matching"]
 
@@ -35,7 +41,7 @@ def random_matching(
 
     Raises:
         ValueError: if n is odd and pairs is not given, n < 2, or period or pairs are
-            out of range.
+            out of range, or make more than 2^20 messages.
 
     References:
         Boyd et al., `Randomized Gossip Algorithms`, 2006; Lian et al., `Asynchronous
@@ -61,6 +67,7 @@ def random_matching(
             raise ValueError(
                 f"random_matching: {name} must be an integer {limit}, got {value!r}."
             )
+    require_few("random_matching", 2 * pairs * period)
     rng = np.random.default_rng(seed)
 
     def matching() -> MixingStep:

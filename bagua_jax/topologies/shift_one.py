@@ -1,6 +1,12 @@
 """BAGUA's rotating pairs between two halves of the workers."""
 
-from bagua_jax.topologies.base import MixingStep, Send, Topology, require_workers
+from bagua_jax.topologies.base import (
+    MixingStep,
+    Send,
+    Topology,
+    require_few,
+    require_workers,
+)
 
 __all__ = ["shift_one"]
 
@@ -22,7 +28,8 @@ def shift_one(n: int) -> Topology:
         where ``one_peer_exponential`` is exact after log2 n steps at the same traffic.
 
     Raises:
-        ValueError: if n is odd or below 2: somebody would be left without a partner.
+        ValueError: if n is odd or below 2: somebody would be left without a partner;
+            or above 1,448: a period has at most 2^20 messages.
 
     References:
         Gan et al., `BAGUA`, 2021 (arXiv 2107.01499); peer selection ``shift_one`` of
@@ -40,6 +47,7 @@ def shift_one(n: int) -> Topology:
             "'ring', which take any."
         )
     half = n // 2
+    require_few("shift_one", n * half)
 
     def pairing(step: int) -> MixingStep:
         pairs = [(r, (step + r) % half + half) for r in range(half)]

@@ -57,7 +57,7 @@ class Asynchronous:
         return [s + waited for s in seconds]
 
     def held_out_loss(self) -> float:
-        """Give the loss on the held-out images; replicas are equal between runs."""
+        """Return the loss on the held-out images; replicas are equal between runs."""
         return float(self._loss(self._replica.params, *self._images.held_out))
 
 

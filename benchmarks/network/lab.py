@@ -236,7 +236,7 @@ class Lab:
 
     @staticmethod
     def address(worker: int) -> str:
-        """Give the address of a worker's ``eth0``."""
+        """Return the address of a worker's ``eth0``."""
         return f"10.77.0.{worker + 1}"
 
     def start(

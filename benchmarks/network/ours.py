@@ -85,6 +85,7 @@ class Lockstep:
             compressors,
             parts,
             primitives,
+            value_and_grad,
             worker_local,
         )
 
@@ -119,8 +120,8 @@ class Lockstep:
 
         def train_step(state, images, labels):
             params, inner = state
-            local = worker_local(params, "workers")
-            loss, grads = jax.value_and_grad(loss_fn)(local, images, labels)
+            take = value_and_grad(loss_fn, "workers")
+            loss, grads = take(params, images, labels)
             updates, inner = tx.update(grads, inner, params)
             return (optax.apply_updates(params, updates), inner), loss
 
@@ -169,7 +170,7 @@ class Lockstep:
         return seconds
 
     def held_out_loss(self) -> float:
-        """Give the loss of the mean model on the held-out images."""
+        """Return the loss of the mean model on the held-out images."""
         mean = self._jax.tree.map(
             lambda x: x.addressable_data(0), self._average(self._state)
         )

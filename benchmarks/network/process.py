@@ -8,17 +8,17 @@ __all__ = ["connect_jax", "global_array", "network", "sent_bytes", "worker", "wo
 
 
 def worker() -> int:
-    """Give this worker's index."""
+    """Return this worker's index."""
     return int(os.environ["WORKER"])
 
 
 def workers() -> int:
-    """Give the number of workers."""
+    """Return the number of workers."""
     return int(os.environ["WORKERS"])
 
 
 def network() -> str:
-    """Give the name of the lab's network."""
+    """Return the name of the lab's network."""
     return os.environ["NETWORK"]
 
 

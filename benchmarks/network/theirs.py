@@ -86,7 +86,7 @@ class Lockstep:
         return seconds
 
     def held_out_loss(self) -> float:
-        """Give the loss of the mean model on the held-out images."""
+        """Return the loss of the mean model on the held-out images."""
         torch = self._torch
         images, labels = self._images.held_out
         own = [p.detach().clone() for p in self._module.parameters()]

@@ -89,7 +89,7 @@ class Side:
         self._answers()
 
     def order(self, case: str, **what: Any) -> list[dict]:
-        """Give all workers an order; wait for their answers."""
+        """Send all workers an order; wait for their answers."""
         for worker in self._workers:
             assert worker.stdin is not None
             worker.stdin.write(json.dumps({"case": case, **what}).encode() + b"\n")
@@ -193,7 +193,7 @@ def steps_to(losses: list, target: float) -> int | None:
 
 
 def seconds_to(needed: int | None, case: str, cases: dict) -> float | None:
-    """Give the time that so many steps take; warm-up's take those of an all-reduce.
+    """Return the time that so many steps take; warm-up's take those of an all-reduce.
 
     None where it cannot be known.
     """

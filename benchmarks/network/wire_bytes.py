@@ -61,7 +61,7 @@ def work(names: list[str]) -> None:
     import numpy as np
     import optax
 
-    from bagua_jax import Workers, algorithms, wire, worker_local
+    from bagua_jax import Workers, algorithms, value_and_grad, wire, worker_local
 
     workers = Workers.devices()
     rng = np.random.default_rng(process.worker())
@@ -74,7 +74,7 @@ def work(names: list[str]) -> None:
         return jnp.mean(x**2)
 
     def prepare(case: Case):
-        """Give the state and the training step of a case."""
+        """Return the state and the training step of a case."""
         entry = algorithms.REGISTRY[case.algorithm]
         if entry.is_optimizer:
             tx = entry.factory(1e-3, axis_name="workers", **case.options)
@@ -92,7 +92,7 @@ def work(names: list[str]) -> None:
 
         def train_step(state, x):
             params, inner = state
-            grads = jax.grad(loss)(worker_local(params, "workers"), x)
+            _, grads = value_and_grad(loss, "workers")(params, x)
             updates, inner = tx.update(grads, inner, params)
             return optax.apply_updates(params, updates), inner
 

@@ -1,33 +1,35 @@
 """``bagua-jax async``: train with workers that wait for nobody, each a process."""
 
+import errno
 import math
 import os
 import secrets
-import signal
-import socket
-import subprocess
+import shutil
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from bagua_jax.experiments import supervise
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError, ExperimentConfig
+from bagua_jax.experiments.config import ConfigError, ExperimentConfig, require_ranges
 from bagua_jax.experiments.folders import (
     RunError,
     locked,
+    name_of,
     open_run,
     require_writable,
 )
+from bagua_jax.experiments.terminal import interruptible
 
 __all__ = ["Async", "main"]
 
 _SECRET = "BAGUA_JAX_SECRET"
-_PARENT = "BAGUA_JAX_PARENT"  # process that a worker does not outlive
+_LOOK = 0.5  # seconds between two looks at how far a run has come
 _THREADS = "2"  # of XLA in every process: their number decides the last bits of sums
 
 
@@ -37,7 +39,9 @@ class Async(base.OnConfig):
 
     Local steps go on while a thread mixes models: by the config's algorithms in rounds,
     or in pairs, where a worker may die and come back. Processes of this host are
-    started here; with `--worker` this is one of several hosts' workers.
+    started here and watched over: one of pairs that dies or hangs is started again by
+    itself, those of rounds all together, from what they saved. With `--worker` this is
+    one of several hosts' workers.
     """
 
     exchange: Literal["rounds", "pairs"] = "rounds"
@@ -53,8 +57,6 @@ class Async(base.OnConfig):
     """Seconds that a step of each worker takes at least: so stragglers are imitated."""
     seconds: float | None = None
     """Stop every worker after so many seconds, however many steps it has taken."""
-    restarts: int = 3
-    """How often workers of pairs are started again after they were killed."""
     replay: bool = False
     """Afterwards repeat the run in one process from its log, and compare."""
     overwrite: bool = False
@@ -68,6 +70,13 @@ class Async(base.OnConfig):
     addresses: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST:PORT")] = ()
     """Where each worker listens, loopback or private; in rounds the first one's is the
     coordinator's."""
+    policy: Annotated[supervise.Policy, tyro.conf.arg(name="")] = supervise.Policy(
+        restarts=3
+    )
+
+    def __post_init__(self):
+        seconds = dict.fromkeys(("interval", "timeout", "pace", "seconds"), (0, 10**9))
+        require_ranges(self, seconds)
 
 
 def main(command: Async) -> int:
@@ -75,10 +84,7 @@ def main(command: Async) -> int:
     os.environ.setdefault("NPROC", _THREADS)
     config = command.experiment
     if command.worker is not None:
-        try:
-            return _work(command)
-        except (ValueError, ImportError) as error:  # an address, a secret, no pyzmq
-            raise ConfigError(str(error)) from None
+        return _work(command)
 
     from bagua_jax.experiments import asynchronous as runs
     from bagua_jax.experiments import catalog, tasks
@@ -94,7 +100,7 @@ def main(command: Async) -> int:
     if command.exchange == "pairs":  # one run: it exchanges in no algorithm's way
         chosen = chosen[:1]
     for run in chosen:
-        runs.require_suitable(run, _setting(command, ("",) * config.workers))
+        runs.require_suitable(run, _setting(command))
     task = tasks.load(config.task)
     data = task.data(config.seed, config.workers)
     console = base.console()
@@ -104,46 +110,86 @@ def main(command: Async) -> int:
         require_writable(folder)
         try:
             with locked(folder):
-                resume = _open(command, run, folder, console)
-                if (folder / "summary.json").exists():
+                state = _open(command, run, folder, console)
+                if state == "reported":
                     console.print(
                         f"finished before, in {folder} (--overwrite repeats it)"
                     )
                     continue
-                setting = _setting(command, _free_addresses(config.workers))
-                _train(command, run, setting, folder, console, resume)
-                _report(command, run, task, data, setting, folder, console)
-        except RunError as error:
+                if state != "finished":
+                    _train(command, run, folder, console, state == "interrupted")
+                _report(command, run, task, data, folder, console)
+        except (RunError, OSError) as error:
             failed = True
             base.complain(f"{folder.name}: {error}", base.FAILED)
     return base.FAILED if failed else 0
 
 
-def _open(command: Async, run: ExperimentConfig, folder: Path, console) -> bool:
-    """Make a run's folder; say whether the run goes on from what its workers saved."""
-    from bagua_jax.experiments import saves
+_State = Literal["new", "interrupted", "finished", "reported"]
+"""Of a run: it is finished when all its workers are, and then reported."""
 
-    began = (folder / "config.yaml").exists()
+
+def _open(command: Async, run: ExperimentConfig, folder: Path, console) -> _State:
+    """Make a run's folder, or say how far the run has come that is there."""
     open_run(run, overwrite=command.overwrite, folder=folder)
-    if command.overwrite or not began or (folder / "summary.json").exists():
-        return False
-    steps = saves.steps_of(folder, run.workers)
-    if steps is None:
-        console.print(
-            f"{folder.name}: it was interrupted before every worker had saved its "
-            "model, and begins again.",
-            soft_wrap=True,
+    why_not = _unreported(run, folder)
+    if why_not is None:
+        return "reported"
+    if why_not:
+        console.print(f"{folder.name}: {why_not}; it is made again.", soft_wrap=True)
+    return _state(run, folder, console)
+
+
+def _unreported(run: ExperimentConfig, folder: Path) -> str | None:
+    """Say what is wrong with the report of a run; empty where there is none."""
+    from bagua_jax.experiments import integrity
+
+    try:
+        summary = integrity.read_document(folder / "summary.json", name_of(run))
+    except RunError as error:
+        return str(error)
+    if summary is None:
+        return ""
+    metrics = integrity.read(folder / "metrics.jsonl", name_of(run))
+    mark = summary.marks["metrics.jsonl"]
+    return metrics.differ_from(mark) or metrics.fault or metrics.mended or None
+
+
+def _state(run: ExperimentConfig, folder: Path, console) -> _State:
+    """Judge what the workers have left; empty the folder if a run must begin again."""
+    import jax
+
+    from bagua_jax.experiments import asynchronous as runs
+    from bagua_jax.experiments import saves, tasks
+
+    def say(message: str) -> None:
+        console.print(f"{folder.name}: {message}", soft_wrap=True, highlight=False)
+
+    params = jax.eval_shape(tasks.load(run.task).init, jax.random.key(run.seed))
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    name, left, saved = name_of(run), [], []
+    for worker in range(run.workers):
+        left.append(runs.left(folder, worker, size, name))
+        saved.append(saves.about(folder, worker, run=name))
+        if told := runs.require_whole(left[-1], worker, saved[-1]):
+            say(f"{told}; it is mended.")
+    if all(map(runs.has_finished, left)):
+        say("every worker had finished.")
+        return "finished"
+    steps = [str(about.steps) for about in saved if about is not None]
+    if len(steps) == run.workers:
+        say(f"the workers go on from steps {', '.join(steps)}.")
+        return "interrupted"
+    if any(own.steps.records or own.steps.fault for own in left):
+        say(
+            "it was interrupted before every worker had saved its model, and begins "
+            "again."
         )
         open_run(run, overwrite=True, folder=folder)
-        return False
-    console.print(
-        f"{folder.name}: the workers go on from steps {', '.join(map(str, steps))}.",
-        soft_wrap=True,
-    )
-    return True
+    return "new"
 
 
-def _setting(command: Async, addresses: tuple[str, ...]):
+def _setting(command: Async, addresses: tuple[str, ...] = ()):
     from bagua_jax.experiments.asynchronous import Setting
 
     return Setting(
@@ -164,44 +210,21 @@ def _folder(run: ExperimentConfig, command: Async) -> Path:
     return Path(run.output) / run.experiment / f"async-{label}-s{run.seed}"
 
 
-def _free_addresses(count: int) -> tuple[str, ...]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    found = tuple(f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes)
-    for probe in probes:
-        probe.close()
-    return found
-
-
 # --- one worker ---
 
 
 def _work(command: Async) -> int:
-    from bagua_jax import processes
-    from bagua_jax.asynchrony.transport import endpoint
-
     n, worker = command.experiment.workers, command.worker
     if worker is None or not 0 <= worker < n:
         raise ConfigError(f"--worker: must be from 0 to {n - 1}; got {worker}.")
     if len(command.addresses) != n:
         raise ConfigError(f"--addresses: --worker needs those of all {n} workers.")
-    for address in command.addresses:
-        endpoint(address)  # refuses a public one
-    if _PARENT in os.environ:
-        parent = int(os.environ[_PARENT])
-        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    if command.exchange == "rounds":
-        import jax
-
-        jax.config.update("jax_num_cpu_devices", 1)
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        processes.listening_address()  # refuses a public one for gloo
-        first = command.addresses[0]
-        processes.initialize(
-            coordinator_address=first,
-            num_processes=n,
-            process_id=worker,
-            coordinator_bind_address=first,
-        )
+    try:
+        _join(command, worker)
+    except (ValueError, ImportError) as error:  # an address, a secret, no pyzmq
+        raise ConfigError(str(error)) from None
+    except ConnectionError as error:
+        raise base.NotJoined(str(error)) from error
 
     from bagua_jax.experiments import asynchronous as runs
     from bagua_jax.experiments import catalog, tasks
@@ -213,117 +236,133 @@ def _work(command: Async) -> int:
     require_writable(folder)
     task = tasks.load(run.task)
     data = task.data(run.seed, n)
-    secret = bytes.fromhex(os.environ.get(_SECRET, ""))
+    interruptible()
     try:
         found = runs.work(
-            run, task, data, setting, worker, folder, secret, resume=command.resume
+            run,
+            task,
+            data,
+            setting,
+            worker,
+            folder,
+            _secret(),
+            resume=command.resume,
+            returns=supervise.is_launched(),
         )
-    except Exception as error:
-        if command.exchange == "rounds":
-            # jax.distributed would wait for the others, who wait for this worker.
-            print(f"bagua-jax: {error}", file=sys.stderr, flush=True)
-            os._exit(base.FAILED)
+    except OSError as error:
+        if getattr(error.__cause__, "errno", None) == errno.EADDRINUSE:
+            raise base.NotJoined(str(error)) from error  # another has its port now
         raise
     print(found, flush=True)
     return 0
 
 
-def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(base.FAILED)
+def _secret() -> bytes:
+    return bytes.fromhex(os.environ.get(_SECRET, ""))
+
+
+def _join(command: Async, worker: int) -> None:
+    """Refuse addresses and secrets that will not do; in rounds join the others."""
+    from bagua_jax import processes
+    from bagua_jax.asynchrony.transport import endpoint, require_secret
+
+    for address in command.addresses:
+        endpoint(address)  # refuses a public one
+    if command.exchange == "pairs":
+        require_secret(_secret())
+        return
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    processes.listening_address()  # refuses a public one for gloo
+    first = command.addresses[0]
+    processes.initialize(
+        facts=base.facts_of(command.experiment),
+        coordinator_address=first,
+        num_processes=command.experiment.workers,
+        process_id=worker,
+        coordinator_bind_address=first,
+    )
 
 
 # --- all of them ---
 
 
-def _train(command: Async, run, setting, folder: Path, console, resume: bool):
-    """Start the workers, and those of pairs again that were killed."""
+def _train(
+    command: Async, run: ExperimentConfig, folder: Path, console, resume: bool
+) -> None:
+    """Start the workers and watch over them.
+
+    Raises:
+        RunError: if a worker was given up that the config does not let drop out.
+    """
     from bagua_jax.experiments.asynchronous import Diverged
     from bagua_jax.experiments.progress import progress
 
+    n, rounds = run.workers, command.exchange == "rounds"
     words = [sys.executable, "-m", "bagua_jax.experiments", "async"]
     words += [str(folder / "config.yaml"), "--exchange", command.exchange]
     words += ["--interval", str(command.interval), "--timeout", str(command.timeout)]
-    words += ["--addresses", *setting.addresses]
     words += ["--compressor", command.compressor] if command.compressor else []
     words += ["--pace", *map(str, command.pace)] if command.pace else []
     words += ["--seconds", str(command.seconds)] if command.seconds else []
-    compiled = {  # by the first worker, read by the others and by one that comes back
-        "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    own = {_SECRET: secrets.token_hex(32), _PARENT: str(os.getpid())}
-    env = compiled | os.environ | own
+    # A program that was damaged there would not be noticed: none of another command's.
+    shutil.rmtree(folder / "compiled", ignore_errors=True)
+    secret = {_SECRET: secrets.token_hex(32)}
 
-    def start(worker: int, *flags: str) -> subprocess.Popen:
-        with open(folder / f"log-{worker}.txt", "ab") as log:
-            return subprocess.Popen(
-                [*words, "--worker", str(worker), *flags],
-                env=env,
-                stdout=log,
-                stderr=log,
-            )
+    def program(worker: int, addresses: Sequence[str], resumes: bool):
+        own = ["--addresses", *addresses, "--worker", str(worker)]
+        return supervise.Program([*words, *own, *["--resume"] * resumes], secret)
 
-    label, left = folder.name, command.restarts
-    flags = ["--resume"] * resume
-    alive, failures = {w: start(w, *flags) for w in range(run.workers)}, []
-    finished = False
-    try:
-        with progress(console, label, 0, run.steps) as show:
-            while alive:
-                time.sleep(0.1)
-                for worker, process in list(alive.items()):
-                    status = process.poll()
-                    if status is None:
-                        continue
-                    del alive[worker]
-                    if status == 0:
-                        finished = True
-                    elif command.exchange == "rounds":
-                        raise RunError(_epitaph(worker, status, folder))
-                    elif status == Diverged.status and run.on_nan == "stop":
-                        raise RunError(
-                            f"{_epitaph(worker, status, folder)} With on_nan: drop "
-                            "the others would go on."
-                        )
-                    elif status < 0 and left and not finished:
-                        left -= 1
-                        console.print(
-                            f"{label}: {_epitaph(worker, status, folder)} "
-                            "It is started again.",
-                            soft_wrap=True,
-                        )
-                        alive[worker] = start(worker)
-                    else:
-                        failures.append(_epitaph(worker, status, folder))
-                        console.print(
-                            f"{label}: {failures[-1]} The others go on.", soft_wrap=True
-                        )
+    def all_together(attempt: int) -> list[supervise.Program]:
+        addresses = supervise.free_addresses(n)
+        resumes = _state(run, folder, console) != "new" if attempt else resume
+        return [program(worker, addresses, resumes) for worker in range(n)]
+
+    def alone(worker: int):
+        return lambda attempt: [program(worker, known, resume and not attempt)]
+
+    known = supervise.free_addresses(n)
+    with progress(console, folder.name, 0, run.steps) as show:
+        looked = 0.0
+
+        def look() -> None:
+            nonlocal looked
+            if time.monotonic() > looked + _LOOK:
+                looked = time.monotonic()
                 _show_last(folder, run, show)
-    finally:
-        for process in alive.values():
-            process.kill()  # jax.distributed traps SIGTERM
-        for process in alive.values():
-            process.wait()
-    if len(failures) == run.workers:
-        raise RunError("every worker failed. " + failures[0])
-    return failures
 
-
-def _epitaph(worker: int, status: int, folder: Path) -> str:
-    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    lines = (folder / f"log-{worker}.txt").read_text(errors="replace").splitlines()
-    said = [line for line in lines if line.strip() and "[Gloo]" not in line]
-    last = f"; its log ends with {said[-1]!r}." if said else "."
-    return f"worker {worker} ended with {how}{last}"
+        statuses = supervise.supervise(
+            [all_together] if rounds else [alone(worker) for worker in range(n)],
+            n,
+            folder,
+            name="async",
+            labels=[folder.name],
+            workers=n,
+            policy=command.policy,
+            log="log-{}.txt",
+            shown=False,
+            fatal=() if run.on_nan == "drop" else (Diverged.status,),
+            look=look,
+        )
+        _show_last(folder, run, show)
+    dropped = Diverged.status if run.on_nan == "drop" else 0
+    failed = [k for k, status in enumerate(statuses) if status not in (0, dropped)]
+    if failed or all(statuses):
+        some = not rounds and 0 in statuses
+        whose = f"worker {', '.join(map(str, failed))}" if some else "the workers"
+        hint = " With on_nan: drop the others of pairs would go on."
+        raise RunError(
+            f"{whose} failed. The same command goes on with all of them from what they "
+            f"saved.{hint * (Diverged.status in statuses and not dropped)}"
+        )
 
 
 def _show_last(folder: Path, run: ExperimentConfig, show) -> None:
-    from bagua_jax.experiments import folders
+    from bagua_jax.experiments import integrity
 
-    lines = folders.read_lines(folder / "steps-0.jsonl")
+    lines = integrity.peek(folder / "steps-0.jsonl")
     begun = max((k for k, line in enumerate(lines) if "starts" in line), default=0)
     made = [line for line in lines[begun:] if line.get("train/loss") is not None]
     if made and made[-1]["step"] <= run.steps:
@@ -332,32 +371,32 @@ def _show_last(folder: Path, run: ExperimentConfig, show) -> None:
         show(made[-1]["step"], made[-1]["train/loss"], rate, "worker 0")
 
 
-def _report(command: Async, run, task, data, setting, folder: Path, console) -> None:
-    from rich.table import Table
-
+def _report(command: Async, run, task, data, folder: Path, console) -> None:
     from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments import folders
+    from bagua_jax.experiments import integrity
+    from bagua_jax.experiments.tables import Table
 
     metrics = list(runs.averaged(run, task, data, folder))
-    folders.write_lines(folder / "metrics.jsonl", metrics)
-    late = runs.staleness(folder, run.workers)
+    late = runs.staleness(run, folder)
     summary = {"label": folder.name, "steps": run.steps, **metrics[-1]}
     summary["staleness"] = [{str(k): v for k, v in own.items()} for own in late]
-    why_not = runs.why_not_replayed(folder, run.workers)
+    why_not = runs.why_not_replayed(run, folder)
     if command.replay and not why_not:
-        difference = runs.replay(run, task, data, setting, folder)
+        difference = runs.replay(run, task, data, _setting(command), folder)
         summary["replay/largest_difference"] = difference
-    folders.write_json(folder / "summary.json", summary)
+    with integrity.Journal(folder / "metrics.jsonl", name_of(run), metrics) as journal:
+        marks = {journal.path.name: journal.mark}
+    integrity.write_document(folder / "summary.json", summary, name_of(run), marks)
 
-    table = Table(title=f"{folder.name}: exchanges and their staleness", box=None)
-    for header in ("worker", "exchanges", "median steps late", "most"):
-        table.add_column(header, justify="right")
+    rows = []
     for worker, own in enumerate(late):
         each = sorted(k for k, count in own.items() for _ in range(count))
         middle = str(each[len(each) // 2]) if each else "-"
         most = str(each[-1]) if each else "-"
-        table.add_row(str(worker), str(len(each)), middle, most)
-    console.print(table)
+        rows.append([str(worker), str(len(each)), middle, most])
+    headers = ("worker", "exchanges", "median steps late", "most")
+    title = f"{folder.name}: exchanges and their staleness"
+    console.print(Table(headers, rows, title=title))
     judged = {k: v for k, v in metrics[-1].items() if k.startswith(("eval/", "cons"))}
     words = [f"{name} {value:.4g}" for name, value in judged.items()]
     console.print(f"averaged model: {', '.join(words)}", highlight=False)

@@ -1,5 +1,6 @@
 """``bagua-jax launch``: a run in several processes of this host, watched over."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Annotated, Any
 import tyro
 
 from bagua_jax.experiments import supervise
-from bagua_jax.experiments.config import ConfigError
+from bagua_jax.experiments.config import ConfigError, require_ranges
 from bagua_jax.experiments.folders import require_writable
+from bagua_jax.experiments.terminal import interruptible
 
 __all__ = ["Launch", "main"]
+
+_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
 
 @dataclass(frozen=True)
@@ -21,23 +25,17 @@ class Launch:
     The config's workers are dealt out to the processes, which JAX joins (gloo on CPUs,
     NCCL on GPUs). The progress shown is the first process's; each has a log in
     OUTPUT/EXPERIMENT/processes. If one dies or hangs, all are stopped, and with
-    `--restarts` started again from the last checkpoint.
+    `--restarts` started again from the last checkpoint, with another port.
     """
 
     processes: Annotated[int, tyro.conf.arg(aliases=["-n"])]
     """How many; a divisor of the config's workers."""
-    restarts: int = 0
-    """How often at most all processes are started again after one died or hung."""
-    fruitless: int = 1
-    """Give up after so many failures in a row between which no step was gained."""
-    backoff: float = 1.0
-    """Seconds before a restart; doubled after each one that gained no step."""
-    stuck_after: float = 60.0
-    """Seconds in which a process must finish a step, an evaluation or a checkpoint."""
-    start_within: float = 600.0
-    """Seconds in which a process must start, compile, or write the report."""
+    policy: Annotated[supervise.Policy, tyro.conf.arg(name="")] = supervise.Policy()
     words: tyro.conf.Suppress[tuple[str, ...]] = ()
     command: tyro.conf.Suppress[Any] = None
+
+    def __post_init__(self):
+        require_ranges(self, {"processes": (1, 4_096)}, "launch: ")
 
 
 def main(command: Launch) -> int:
@@ -48,24 +46,32 @@ def main(command: Launch) -> int:
             "`bagua-jax launch -n 2 -- run demo`."
         )
     config, n = command.command.experiment, command.processes
-    if n < 1 or config.workers % n:
+    if config.workers % n:
         raise ConfigError(
             f"launch: {config.workers} workers cannot go equally to {n} processes. "
             "Choose a divisor of the number of workers."
         )
     folder = Path(config.output) / config.experiment / "processes"
+    interruptible()
     require_writable(folder)
-    return supervise.supervise(
-        [sys.executable, "-m", "bagua_jax.experiments", *command.words],
+    words = [sys.executable, "-m", "bagua_jax.experiments", *command.words]
+    given = os.environ.get(_COORDINATOR, "")
+
+    def programs(attempt: int) -> list[supervise.Program]:
+        """Name a coordinator's address: another port each time."""
+        address = given
+        if attempt or not given:
+            host = given.rpartition(":")[0].strip("[]") or "127.0.0.1"
+            (address,) = supervise.free_addresses(1, host)
+        return [supervise.Program(words, {_COORDINATOR: address})] * n
+
+    (status,) = supervise.supervise(
+        [programs],
         n,
         folder,
+        name="launch",
         labels=[algorithm.label for algorithm in config.algorithms],
         workers=config.workers,
-        policy=supervise.Policy(
-            command.restarts,
-            command.fruitless,
-            command.backoff,
-            command.stuck_after,
-            command.start_within,
-        ),
+        policy=command.policy,
     )
+    return status

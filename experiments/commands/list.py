@@ -22,21 +22,20 @@ class List:
 
 def main(command: List) -> int:
     """Print the lists."""
-    from rich.table import Table
+    from rich.text import Text
 
     from bagua_jax.experiments import catalog
+    from bagua_jax.experiments.tables import Table
 
     console = base.console()
     kinds = catalog.LISTS if command.what == "all" else [command.what]
     for kind in kinds:
         facts, caption = catalog.LISTS[kind].facts, catalog.LISTS[kind].caption
-        table = Table(title=kind, title_justify="left", box=None)
-        table.add_column("", style="bold", no_wrap=True, min_width=27)
-        for header in facts:
-            table.add_column(header, no_wrap=True)
-        table.add_column("")
-        for row in catalog.describe(kind):
-            table.add_row(row.name, *row.facts, row.summary)
-        console.print(table)
+        rows = [
+            [Text(row.name, "bold"), *row.facts, row.summary]
+            for row in catalog.describe(kind)
+        ]
+        headers = [kind, *facts, "what it does"]
+        console.print(Table(headers, rows, words={"what it does"}, left=facts))
         console.print(f"[dim]{caption}\n" if caption else "", highlight=False)
     return 0

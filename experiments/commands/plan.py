@@ -1,4 +1,4 @@
-"""``bagua-jax plan``: an experiment's step on a cluster that is not here."""
+"""``bagua-jax plan``: an experiment's step on a cluster, ahead of time."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError, unknown
+from bagua_jax.experiments.config import ConfigError, quote, require_ranges, unknown
 from bagua_jax.experiments.folders import require_writable, write_json
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["Plan", "main"]
 
 @dataclass(frozen=True)
 class Plan(base.OnConfig):
-    """Compile a config's step for a cluster that is not here, and predict its time.
+    """Compile a config's step for a cluster ahead of time, and predict its step time.
 
     Nothing runs: every time is a prediction. Each algorithm is compiled for each
     network; what was compiled before is read. The table, a report on each plan, and a
@@ -39,6 +39,9 @@ class Plan(base.OnConfig):
     """Network cards of a node, each of the named bandwidth."""
     hierarchy: bool = False
     """Relax between nodes only, in full precision inside them; else flat."""
+
+    def __post_init__(self):
+        require_ranges(self, {"ports": (1, 1024)})
 
 
 def main(command: Plan) -> int:
@@ -96,10 +99,8 @@ def _networks(command: Plan, cluster: "Cluster") -> "list[Network]":
     if names and cluster.num_nodes == 1:
         raise ConfigError(
             f"network: {cluster.text} is one node, and all of its links are its own; "
-            f"got {command.network!r}. Leave the flag away."
+            f"got {quote(command.network)}. Leave the flag away."
         )
-    if command.ports < 1:
-        raise ConfigError(f"ports: must be at least 1, got {command.ports}.")
     if cluster.platform == "tpu":
         return [cluster.ici()]
     if cluster.num_nodes == 1:
@@ -136,7 +137,7 @@ def _caption(cluster: "Cluster") -> str:
 @contextlib.contextmanager
 def _progress(console: "Console", total: int) -> Iterator[Callable[[str, bool], None]]:
     """Show which program is compiled: a live bar on a terminal, else lines."""
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         done = 0
 
         def say(message: str, finished: bool) -> None:

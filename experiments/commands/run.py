@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagua_jax.experiments import claims
+from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.commands import base
 from bagua_jax.experiments.config import ConfigError, ExperimentConfig
 from bagua_jax.experiments.folders import RunError, blame, require_writable
@@ -23,18 +24,22 @@ class Run(base.OnConfig):
 
     overwrite: bool = False
     """Throw away the folders of these runs and start afresh."""
+    check: bool = False
+    """Judge config and flags, name the run folders, and run nothing."""
 
 
 def main(command: Run) -> int:
     """Do the runs, report on them, and judge the config's claims."""
     config = command.experiment
+    if command.check:
+        return _check(config)
     if config.where == "processes":
         base.join_processes(config)
     else:
         base.prepare_host_devices(config)
 
     from bagua_jax import processes
-    from bagua_jax.experiments import catalog, report, tasks, train
+    from bagua_jax.experiments import catalog, comparison, report, tasks, train
     from bagua_jax.experiments.data import Shards
 
     _require_devices(config)
@@ -46,9 +51,7 @@ def main(command: Run) -> int:
         raise RunError(f"the task's data failed: {blame(error)}.") from error
     Shards.deal(data, config.workers, config.sharding, config.batch_size, config.seed)
 
-    labels = {run.algorithms[0].label for run in runs}
     stated = [claims.parse(text) for text in config.claims]
-    stated = [claim for claim in stated if claim.labels <= labels]
     for run in runs if stated else ():
         claims.check_metrics(stated, run, train.metric_names(run, task, data))
 
@@ -57,11 +60,11 @@ def main(command: Run) -> int:
 
     console = base.console(quiet=not processes.is_first())
     console.print(report.headline(config, task.title), highlight=False)
-    results, failures = [], []
+    finished, failures = [], []
     for run in runs:
         try:
             summary = train.run(run, task, data, console, overwrite=command.overwrite)
-            results.append((run, summary))
+            finished.append((run, summary))
         except train.Stopped:
             raise
         except RunError as error:
@@ -69,16 +72,38 @@ def main(command: Run) -> int:
             base.complain(failures[-1], base.FAILED)
 
     def finish() -> int:
-        verdicts = report.judge(stated, results)
-        if results:
-            report.write(config, task.title, results, failures, verdicts, console)
-        left_out = len(config.claims) - len(stated)
+        listed = configs.load(command.config).algorithms
+        compared = comparison.gather(config, runs, finished, listed)
+        own = {run.algorithms[0].label for run in runs}
+        known = own | {result.summary["label"] for result in compared.results}
+        judged = [claim for claim in stated if claim.labels <= known]
+        verdicts = report.judge(judged, compared.results)
+        if compared.results:
+            report.write(config, task.title, compared, failures, verdicts, console)
+        left_out = len(stated) - len(judged)
         if left_out:
             console.print(f"{left_out} claims about runs left out are not judged.")
-        failed = failures or not all(v.holds for v in verdicts)
+        # A claim about earlier runs alone is theirs.
+        ours = (v for c, v in zip(judged, verdicts, strict=True) if c.labels & own)
+        failed = failures or not all(verdict.holds for verdict in ours)
         return base.FAILED if failed else 0
 
     return processes.from_first(finish, RunError)
+
+
+def _check(config: ExperimentConfig) -> int:
+    """Refuse what the config or a flag says wrong; one's own task is not loaded."""
+    from bagua_jax.experiments import catalog, folders, names, tasks
+
+    runs = catalog.resolve(config)
+    if not names.is_own(config.task):
+        tasks.load(config.task)
+    console = base.console()
+    for run in runs:
+        folder = folders.path_of(run)
+        state = "finished" if (folder / "summary.json").exists() else "to run"
+        console.print(f"{folder}: {state}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _require_devices(config: ExperimentConfig) -> None:

@@ -1,5 +1,6 @@
 """``bagua-jax what-if``: which algorithm would be fastest where."""
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,10 +28,9 @@ class WhatIf:
 
 def main(command: WhatIf) -> int:
     """Print the table, write the files."""
-    from rich.table import Table
-
     from bagua_jax.experiments import folders
     from bagua_jax.experiments.reproduce import what_if
+    from bagua_jax.experiments.tables import Table
 
     folders.require_writable(command.output)
     found = what_if.predict(command.overlap)
@@ -38,20 +38,13 @@ def main(command: WhatIf) -> int:
     for machine in what_if.MACHINES:
         at = [j for j, column in enumerate(found.columns) if column[0] == machine]
         title = f"16 nodes of 8 {machine}: predicted step time / compute"
-        grid = Table(title=title, title_justify="left", box=None)
-        grid.add_column("", no_wrap=True, max_width=44)
-        for j in at:
-            grid.add_column(found.columns[j][1], justify="right")
-        for i, (label, family) in enumerate(
-            zip(found.labels, found.families, strict=True)
-        ):
-            values = (
-                what_if.number(found.slowdown[i, j]) + " *" * bool(found.fastest[i, j])
-                for j in at
-            )
-            last = i + 1 == len(found.labels) or found.families[i + 1] != family
-            grid.add_row(label, *values, end_section=last)
-        console.print(grid)
+        rows = []
+        for i, label in enumerate(found.labels):
+            marks = ("*" if found.fastest[i, j] else " " for j in at)
+            values = (what_if.number(found.slowdown[i, j]) for j in at)
+            rows.append([label, *map(operator.add, values, marks)])
+        headers = ["algorithm", *(found.columns[j][1] for j in at)]
+        console.print(Table(headers, rows, title=title))
     console.print(
         "*: the fastest of its family, to 0.5 %. Everything here is predicted."
     )

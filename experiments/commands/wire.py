@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError
+from bagua_jax.experiments.config import ConfigError, require_ranges
 from bagua_jax.experiments.folders import write_json
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Wire(base.OnConfig):
     """
 
     target: str = "cpu"
-    """What to compile for: cpu, or a cluster that is not here, NODESxGPUS:CHIP or a TPU
+    """What to compile for: cpu, or ahead of time a cluster, NODESxGPUS:CHIP or a TPU
     slice such as v5e:4x4 (needs the extra bagua-jax[plan]). A cluster's devices are the
     workers, whatever the config says."""
     nodes: int = 0
@@ -37,6 +37,9 @@ class Wire(base.OnConfig):
     """A file for the numbers."""
     verbose: bool = False
     """Show the collectives one by one."""
+
+    def __post_init__(self):
+        require_ranges(self, {"nodes": (0, 4_096)})
 
 
 def main(command: Wire) -> int:
@@ -110,7 +113,7 @@ def _place(command: Wire) -> "Place":
             )
         n = cluster.num_devices
         num_nodes = cluster.num_nodes if cluster.num_nodes > 1 else 0
-    if num_nodes < 0 or (num_nodes and n % num_nodes):
+    if num_nodes and n % num_nodes:
         raise ConfigError(
             f"nodes: must divide the {n} workers among them, got {command.nodes}."
         )

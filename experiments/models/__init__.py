@@ -111,7 +111,7 @@ def _inputs(workload: Workload, batch: int) -> list[jax.ShapeDtypeStruct]:
 
 
 def parameters(workload: Workload) -> Any:
-    """Give the shapes of a workload's parameters; nothing is allocated.
+    """Return the shapes of a workload's parameters; nothing is allocated.
 
     Returns:
         A tree of float32 ``jax.ShapeDtypeStruct``.

@@ -46,7 +46,7 @@ class BERT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        """Give the logits of each token as start and end, [B, T] twice -> [B, T, 2]."""
+        """Return each token's logits as start and end, [B, T] twice -> [B, T, 2]."""
         positions = jnp.arange(tokens.shape[1])[None]
         x = nn.Embed(self.vocabulary, self.width)(tokens)
         x = x + nn.Embed(self.window, self.width)(positions)

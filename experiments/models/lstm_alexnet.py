@@ -59,7 +59,7 @@ class LSTMAlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, words: jax.Array) -> jax.Array:
-        """Give the logits of each class, [B, H, W, 3] and [B, T] -> [B, classes]."""
+        """Return the logits of each class, [B, H, W, 3] and [B, T] -> [B, classes]."""
         x = image
         for number, (channels, size, stride) in enumerate(self.convolutions):
             x = nn.relu(nn.Conv(channels, (size, size), stride, size // 2)(x))

@@ -49,7 +49,7 @@ class SpeechTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, sound: jax.Array, text: jax.Array) -> jax.Array:
-        """Give the logits of each next character.
+        """Return the logits of each next character.
 
         Args:
             sound: [B, frames, filters] float.

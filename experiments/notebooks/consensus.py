@@ -35,7 +35,7 @@ graphs = {name: topologies.REGISTRY[name](n) for name in names}
 
 # %%
 def disagreement(graph, steps):
-    """Give E|X_k - mean|^2 after 0, 1, ... steps, as a part of that at first."""
+    """Return E|X_k - mean|^2 after 0, 1, ... steps, as a part of that at first."""
     product, path = np.eye(graph.n), []
     for step in range(steps + 1):
         path.append(((product - 1 / graph.n) ** 2).sum() / (graph.n - 1))

@@ -87,7 +87,7 @@ largest = {b: {"DiLoCo": (2 + 2 * b) / (1 + 2 * b), "SlowMo": 2 + 2 * b} for b i
 
 
 def curvatures(eta, products):
-    """Give h for chosen products of eta and s."""
+    """Return h for chosen products of eta and s."""
     return (1 - (1 - np.asarray(products) / eta) ** (1 / H)) / gamma
 
 
@@ -106,7 +106,7 @@ def outer_make(name, beta):
 
 # %%
 def outer_model(name, beta):
-    """Give its mode polynomial from theory."""
+    """Return its mode polynomial from theory."""
     eta, m = outer[name], {"local_steps": H}
     if name == "DiLoCo":
         m |= {"outer_learning_rate": eta, "outer_momentum": beta}
@@ -172,7 +172,7 @@ for local_steps in studies.choose((1, 4, 16), (16,)):
 
 # %%
 def crossing(make, threshold, to_curvature, rounds=1):
-    """Give the product at which the measured factor passes 1, by interpolation."""
+    """Return the product at which the measured factor passes 1, by interpolation."""
     sides = threshold * np.array([0.98, 1.02])
     below, above = growth(make, to_curvature(sides), rounds)
     assert below < 1 < above, (threshold, below, above)

@@ -71,7 +71,7 @@ floors = {k: np.array([floor(g, f) for g in grid]) for k, f in kinds.items()}
 # %%
 @functools.cache
 def make(feedback):
-    """Give the transform as a function of the learning rate."""
+    """Return the transform as a function of the learning rate."""
     tx = algorithms.compressed_mean(
         contractive if feedback else unbiased,
         axis_name=AXIS,

@@ -46,13 +46,13 @@ n, steps = studies.choose((32, 160), (8, 16))
 
 # %%
 def energy_left(n, times):
-    """Give the energy of independent models after t = 1, 2, ... steps of shift_one."""
+    """Return the energy of independent models after 1, 2, ... steps of shift_one."""
     moduli = np.cos(2 * np.pi * np.arange(1, n // 2) / n)
     return np.array([(moduli ** (2 * t - 2)).sum() / (n - 1) for t in times])
 
 
 def multiplied(graph, steps):
-    """Give the same from the matrices that the algorithm runs on."""
+    """Return the same from the matrices that the algorithm runs on."""
     product, path = np.eye(graph.n), []
     for step in range(steps + 1):
         path.append(((product - 1 / graph.n) ** 2).sum() / (graph.n - 1))

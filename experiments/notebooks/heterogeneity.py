@@ -65,7 +65,7 @@ def distances(tree):
 
 # %%
 def relay_system(tree):
-    """Give the matrix of the state (x, last half steps), and that of new half steps."""
+    """Return the matrix of the state (x, last half steps) and of new half steps."""
     age = np.maximum(distances(tree) - 1, 0)
     use = [(age == k) / tree.n for k in range(age.max() + 1)]  # weights by age
     move = (1 - gamma) * np.eye(tree.n)
@@ -89,7 +89,7 @@ def relay_floor(tree):
 
 
 def relay_path(tree):
-    """Give the mean squared errors of RelaySGD without noise, from models of ones."""
+    """Return the mean squared errors of RelaySGD without noise, from models of ones."""
     matrix, enter = relay_system(tree)
     state, path = np.ones((len(matrix), d)), []
     for _ in range(steps + 1):
@@ -100,7 +100,7 @@ def relay_path(tree):
 
 # %%
 def predict(name):
-    """Give the errors at rest for each zeta, and the path without noise."""
+    """Return the errors at rest for each zeta, and the path without noise."""
     algorithm, options = cases[name]
     if algorithm == "relay_sgd":
         tree = options["topology"]
@@ -129,7 +129,7 @@ def factory(name):
 
 # %%
 def measure(name):
-    """Give the path without noise, and the errors at rest as estimates."""
+    """Return the path without noise, and the errors at rest as estimates."""
     targets = np.repeat([p.target for p in problems], replicas, axis=0)
     x = simulate(
         factory(name),

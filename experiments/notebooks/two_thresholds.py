@@ -80,12 +80,12 @@ def choco(q, gamma_c, graph=w):
 
 
 def least_kept(graph):
-    """Give the q below which DCD diverges."""
+    """Return the q below which DCD diverges."""
     return 1 / (1 + moments.dcd_largest_variance(graph))
 
 
 def largest_step(q):
-    """Give CHOCO's largest consensus step."""
+    """Return CHOCO's largest consensus step."""
     return moments.choco_largest_consensus_step(w, q)
 
 

@@ -69,7 +69,7 @@ def loss_of(compressor, x):
 
 
 def largest_loss(compressor, d):
-    """Give 1 - delta, from the compressor's facts."""
+    """Return 1 - delta, from the compressor's facts."""
     delta = compression.constants(compressor, d).delta
     assert delta is not None
     return 1 - delta
@@ -143,7 +143,7 @@ def descent(compressor):
 
 # %%
 def stray(compressor, d, steps=200):
-    """Give how far the model ends from the optimum, in square, of the whole way."""
+    """Return how far the model ends from the optimum, in square, of the whole way."""
     tx = descent(compressor)
     goal = jnp.zeros(d).at[0].set(1.001).at[1].set(-1.0)
     active = goal != 0

@@ -24,14 +24,13 @@ def bernoulli(keep: Any, scaled: bool = True) -> Compressor:
         kept = jax.random.uniform(key, x.shape) < keep
         return jnp.where(kept, x / keep if scaled else x, 0), state
 
-    known = isinstance(keep, float)
     facts = CompressorFacts(
         name="bernoulli",
         unbiased=scaled,
         payload_bytes=lambda like: 4 * like.shape[0],
         source="exact for every x",
-        omega=(lambda d: 1 / keep - 1) if known and scaled else None,
-        delta=(lambda d: keep) if known and not scaled else None,
+        omega=(lambda d: 1 / keep - 1) if scaled else None,
+        delta=None if scaled else (lambda d: keep),
     )
     return Compressor(lambda x: (), compress, lambda p, like: p, facts)
 

@@ -141,7 +141,7 @@ def run_gossip(topology, start, steps):
 
 
 def slowest(topology) -> np.ndarray:
-    """Give an eigenvector of W whose disagreement lasts, [n, 1 or 2]."""
+    """Return an eigenvector of W whose disagreement lasts, [n, 1 or 2]."""
     spectrum = theory.mixing.spectrum(topology)
     k = 1 + int(np.argmax(np.abs(spectrum.eigenvalues[1:])))
     vector = spectrum.basis[:, k]

@@ -57,13 +57,13 @@ def top1_ef21(learning_rate):
 
 
 def skewed(x, h, b, noise):
-    """Give the slopes of x/4: 4 once and -1 three times in four steps."""
+    """Return the slopes of x/4: 4 once and -1 three times in four steps."""
     del h, b
     return jnp.where(noise < QUARTILE, 4.0, -1.0) + 0 * x
 
 
 def kink(x, h, b, noise):
-    """Give a slope of eps |x1 + x2| + |x1 - x2|, 1 at the kinks."""
+    """Return a slope of eps |x1 + x2| + |x1 - x2|, 1 at the kinks."""
     del h, b, noise
     along = jnp.where(x[0] + x[1] >= 0, 1.0, -1.0) * jnp.ones(2)
     across = jnp.where(x[0] - x[1] >= 0, 1.0, -1.0) * jnp.array([1.0, -1.0])
@@ -71,14 +71,14 @@ def kink(x, h, b, noise):
 
 
 def least_squares(x, h, b, noise):
-    """Give a gradient of <a, x>^2, a = +-(1, -1) + eps (1, 1) with either sign."""
+    """Return a gradient of <a, x>^2, a = +-(1, -1) + eps (1, 1) with either sign."""
     del h, b
     a = jnp.where(noise[0] > 0, 1.0, -1.0) * jnp.array([1.0, -1.0]) + SKEW
     return 2 * jnp.dot(a, x) * a
 
 
 def beznosikov(x, a, b, noise):
-    """Give the gradient of <a_i, x>^2 + |x|^2/4."""
+    """Return the gradient of <a_i, x>^2 + |x|^2/4."""
     del b, noise
     return 2 * jnp.dot(a, x) * a + x / 2
 

@@ -152,7 +152,7 @@ def optimizer(index: int) -> Callable[[Any], optax.GradientTransformationExtraAr
 
 @functools.cache
 def threshold(index: int) -> float:
-    """Give the largest stable learning rate of a case."""
+    """Return the largest stable learning rate of a case."""
     case = CASES[index]
     return theory.predict(
         case.algorithm,

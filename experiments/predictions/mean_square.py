@@ -46,7 +46,7 @@ class Setting(NamedTuple):
 
 @functools.cache
 def threshold(index: int) -> float:
-    """Give the knob at which second moments of a setting begin to grow."""
+    """Return the knob at which second moments of a setting begin to grow."""
     setting = RATES[index]
 
     def is_stable(knob):
@@ -56,7 +56,7 @@ def threshold(index: int) -> float:
 
 
 def masked(keep: float, scaled: bool) -> Message:
-    """Give the second moments of ``bernoulli``."""
+    """Return the second moments of ``bernoulli``."""
     return Message(1.0, 1 / keep - 1) if scaled else Message(keep, keep * (1 - keep))
 
 
@@ -244,7 +244,7 @@ def add_setting(index: int) -> None:
 
 
 def best_step(q: float) -> float:
-    """Give the learning rate at which error feedback on one worker is fastest."""
+    """Return the learning rate at which error feedback on one worker is fastest."""
     return (1 - math.sqrt(1 - q)) ** 2 / q
 
 

@@ -127,7 +127,7 @@ def compare(table: Table) -> Comparison:
     start = {key: constant.start for key, constant in table.constants.items()}
 
     def refit(hidden: np.ndarray) -> np.ndarray | None:
-        """Give the errors of hidden cells by a fit to the others."""
+        """Return the errors of hidden cells by a fit to the others."""
         found = fit(table.predictions, np.where(hidden, np.nan, used), start)
         if not found.identified:
             return None

@@ -269,16 +269,16 @@ def main() -> int:
     from bagua_jax.experiments.models import WORKLOADS, flops, parameters
 
     if arguments.plan:
-        numbers = json.loads(arguments.numbers.read_text())
+        numbers = json.loads(arguments.numbers.read_text("utf-8"))
         params, found = parameters(WORKLOADS["vgg16"]), {}
         for label, program in PROGRAMS.items():
             print(arguments.plan, label, file=sys.stderr, flush=True)
             found[label] = measure_planned(program, params, arguments.plan)._asdict()
         numbers.setdefault("planned", {})[arguments.plan] = found
-        arguments.numbers.write_text(json.dumps(numbers, indent=1) + "\n")
+        arguments.numbers.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
         return 0
     there = arguments.numbers.exists()
-    kept = json.loads(arguments.numbers.read_text()) if there else {}
+    kept = json.loads(arguments.numbers.read_text("utf-8")) if there else {}
     old = kept if arguments.algorithms else {}
 
     def count(program: Program, params: Any, *path: str, nodes: int = NODES) -> dict:
@@ -322,7 +322,7 @@ def main() -> int:
         },
     }
     numbers["planned"] = kept.get("planned", {})  # --plan counts these again
-    arguments.numbers.write_text(json.dumps(numbers, indent=1) + "\n")
+    arguments.numbers.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
     print(arguments.numbers)
     return 0
 

@@ -11,6 +11,7 @@ import numpy as np
 from bagua_jax.experiments.reproduce import counts, tables
 from bagua_jax.experiments.reproduce.compare import Comparison, Errors
 from bagua_jax.experiments.reproduce.tables import Table
+from bagua_jax.experiments.tables import Table as Grid
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,21 +81,21 @@ def _errors(table: Table, found: Comparison) -> list[tuple[str, Errors | None]]:
 
 def show(table: Table, found: Comparison, console: Console) -> None:
     """Print a table cell by cell, what it rests on, and how wrong it is."""
-    from rich.table import Table as Grid
+    from rich.text import Text
 
     console.rule(f"[bold]{table.title}")
     console.print(f"predicted / published (error in %). {table.note}", highlight=False)
-    grid = Grid(box=None)
-    grid.add_column("")
-    for row in table.rows:
-        grid.add_column(f"{row:g} {table.row_unit}", justify="right", no_wrap=True)
+    rows = []
     for j, system in enumerate(table.published):
         cells = []
         for i, row in enumerate(table.rows):
             cell = _cell(found.predicted[i, j], table.cells[i, j])
-            cells.append(f"[dim]{cell} *" if _flagged(table, system, row) else cell)
-        grid.add_row(system, *cells)
-    console.print(grid)
+            is_flagged = _flagged(table, system, row)
+            cells.append(Text(f"{cell} *", "dim") if is_flagged else cell)
+        rows.append([system, *cells])
+    console.print(
+        Grid(["", *(f"{row:g} {table.row_unit}" for row in table.rows)], rows)
+    )
     for (system, row), reason in table.exceptions.items():
         where = "" if row is None else f" at {row:g} {table.row_unit}"
         console.print(f"* {system}{where}: {reason}", style="dim", highlight=False)
@@ -103,17 +104,12 @@ def show(table: Table, found: Comparison, console: Console) -> None:
     for line in table.stated:
         console.print(f"stated: {line}", highlight=False)
 
-    grid = Grid(box=None, title="relative errors, %", title_justify="left")
-    grid.add_column("")
-    for head in ("median", "mean", "90th", "max", "cells"):
-        grid.add_column(head, justify="right")
+    rows = []
     for label, errors in _errors(table, found):
         parts = _percent(errors).split(" | ")
-        if errors is None:
-            grid.add_row(f"{label}: {parts[0]}")
-        else:
-            grid.add_row(label, *parts)
-    console.print(grid)
+        rows.append([label, *parts] if errors else [f"{label}: {parts[0]}"])
+    headers = ["relative errors, %", "median", "mean", "90th", "max", "cells"]
+    console.print(Grid(headers, rows))
     right, pairs, wrong = found.orders
     console.print(f"order of pairs right: {right} of {pairs}", highlight=False)
     for row, first, second in wrong:
@@ -132,21 +128,16 @@ def show(table: Table, found: Comparison, console: Console) -> None:
 
 def overview(found: Mapping[str, Comparison], console: Console) -> None:
     """Print how wrong each table is: fitted, out of sample, with nothing fitted."""
-    from rich.table import Table as Grid
-
-    grid = Grid(title="errors in %: fitted; out of sample; nothing fitted", box=None)
-    for head in _OVERVIEW:
-        grid.add_column(head, justify="left" if head == "table" else "right")
-    for name, result in found.items():
-        grid.add_row(name, *_summary(tables.load(name), result))
-    console.print(grid)
+    rows = ([name, *_summary(tables.load(name), r)] for name, r in found.items())
+    title = "errors in %: fitted; out of sample; nothing fitted"
+    console.print(Grid(_OVERVIEW, rows, title=title))
 
 
 # --- files ----------------------------------------------------------------------------
 
 
 def to_json(table: Table, found: Comparison) -> dict[str, Any]:
-    """Give everything that a comparison holds, as JSON would have it."""
+    """Return everything that a comparison holds, as JSON would have it."""
     exceptions = [
         {"system": system, "row": row, "reason": reason}
         for (system, row), reason in table.exceptions.items()
@@ -440,7 +431,7 @@ _OVERVIEW = (
 
 
 def _summary(table: Table, result: Comparison) -> list[str]:
-    """Give a row of the overview, without the table's name; errors in %."""
+    """Return a row of the overview, without the table's name; errors in %."""
     fitted, out = result.fitted, result.algorithm_out
     free = next(iter(result.baselines.values()))
     values = (fitted.median, fitted.mean, fitted.percentile_90, fitted.maximum)

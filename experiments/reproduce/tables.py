@@ -149,7 +149,7 @@ def _megabytes(workload: str) -> float:
 def _formula(
     share: float, busiest: float, hops: int, buckets: int | None
 ) -> Callable[[str], Exchange]:
-    """Give an exchange whose bytes are a share of the model's, and Vc one of V."""
+    """Return an exchange whose bytes are a share of the model's, and Vc one of V."""
 
     def build(workload: str) -> Exchange:
         total = share * _megabytes(workload)
@@ -161,7 +161,7 @@ def _formula(
 def _counted(
     program: str, hops: int, buckets: int | None, busiest: float | None = None
 ):
-    """Give an exchange counted from our program; Vc counted, or a share of V."""
+    """Return an exchange counted from our program; Vc counted, or a share of V."""
 
     def build(workload: str) -> Exchange:
         sent = _counts()["programs"][workload][program]

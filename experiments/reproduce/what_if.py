@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from bagua_jax.algorithms import REGISTRY
+from bagua_jax.entries import Family, Late
 from bagua_jax.experiments.reproduce import counts
 from bagua_jax.network import GBIT, Cost, Link, step_time
 
@@ -87,65 +89,12 @@ PLACES: Mapping[str, Place] = {
 }
 """Networks by name; 20 us where nothing is said."""
 
-_MEAN = "every step, replicas equal"
-_GOSSIP = "every step, gossip"
-_RARE = "rarely"
-
-FAMILIES: Mapping[str, str] = {
-    "gradient_allreduce": _MEAN,
-    "bytegrad": _MEAN,
-    "compressed_mean": _MEAN,
-    "diana": _MEAN,
-    "marina": _MEAN,
-    "ef21": _MEAN,
-    "dgc": _MEAN,
-    "powersgd": _MEAN,
-    "delayed_gradients": _MEAN,
-    "adasum": _MEAN,
-    "qadam": _MEAN,
-    "signum": _MEAN,
-    "one_bit_adam": _MEAN,
-    "one_bit_lamb": _MEAN,
-    "demo": _MEAN,
-    "gradient_tracking": _GOSSIP,
-    "decentralized": _GOSSIP,
-    "low_precision_decentralized": _GOSSIP,
-    "ecd_psgd": _GOSSIP,
-    "moniqua": _GOSSIP,
-    "quantized_gossip": _GOSSIP,
-    "choco_sgd": _GOSSIP,
-    "delayed_choco": _GOSSIP,
-    "deep_squeeze": _GOSSIP,
-    "exact_diffusion": _GOSSIP,
-    "d2": _GOSSIP,
-    "stochastic_gradient_push": _GOSSIP,
-    "overlapped_push": _GOSSIP,
-    "relay_sgd": _GOSSIP,
-    "quasi_global_momentum": _GOSSIP,
-    "zero_one_adam": _RARE,
-    "async_model_average": _RARE,
-    "local_sgd": _RARE,
-    "hierarchical_averaging": _RARE,
-    "slowmo": _RARE,
-    "diloco": _RARE,
-    "streaming_diloco": _RARE,
-    "cocktail_sgd": _MEAN,
+FAMILIES: Mapping[Family, str] = {
+    "mean": "every step, replicas equal",
+    "gossip": "every step, gossip",
+    "local steps": "rarely",
 }
-"""What a fair comparison needs to know of each: how much it relaxes."""
-
-
-class Late(NamedTuple):
-    """How late an exchange may come.
-
-    Attributes:
-        period: steps between exchanges.
-        steps: of compute until one is needed.
-        inside: whether what is sent inside the node may be as late.
-    """
-
-    period: float
-    steps: int
-    inside: bool = True
+"""What a fair comparison needs to know of each algorithm: how much it relaxes."""
 
 
 def lateness(algorithm: str, options: Mapping[str, Any]) -> Late | None:
@@ -163,22 +112,10 @@ def lateness(algorithm: str, options: Mapping[str, Any]) -> Late | None:
         Late(period=8, steps=4, inside=True)
         >>> lateness("bytegrad", {})
     """
-    from bagua_jax.algorithms import REGISTRY
-
-    signature = inspect.signature(REGISTRY[algorithm].factory)
-    given = {k: p.default for k, p in signature.parameters.items()} | dict(options)
-    if algorithm == "decentralized" and given["combine"] == "before":
-        # It mixes the weights of before the step.
-        return Late(given["communication_interval"], 1)
-    if not given.get("staleness"):
-        return None
-    if algorithm == "async_model_average":
-        return Late(given["period"], given["staleness"])
-    if algorithm == "streaming_diloco":  # the fragments take turns
-        return Late(given["local_steps"] / given["fragments"], given["staleness"])
-    # Of these only what the neighbours send is late, not the average inside the node.
-    gossip = algorithm in ("delayed_choco", "overlapped_push")
-    return Late(1, given["staleness"], inside=not gossip)
+    entry = REGISTRY[algorithm]
+    signature = inspect.signature(entry.factory)
+    defaults = {name: p.default for name, p in signature.parameters.items()}
+    return entry.late(defaults | dict(options))
 
 
 def compute(machine: Machine) -> float:
@@ -283,8 +220,8 @@ def predict(overlap: Overlap = "none") -> Prediction:
     from bagua_jax.experiments import survey
 
     library = counts.read()["library"]
-    order = list(dict.fromkeys(FAMILIES.values()))
-    rows = sorted(survey.SURVEY, key=lambda row: order.index(FAMILIES[row.algorithm]))
+    order = list(FAMILIES)
+    rows = sorted(survey.SURVEY, key=lambda row: order.index(row.entry.family))
     columns = [(machine, place) for machine in MACHINES for place in PLACES]
     times = [
         [
@@ -301,7 +238,7 @@ def predict(overlap: Overlap = "none") -> Prediction:
     ]
     return Prediction(
         labels=tuple(survey.label(row) for row in rows),
-        families=tuple(FAMILIES[row.algorithm] for row in rows),
+        families=tuple(FAMILIES[row.entry.family] for row in rows),
         columns=tuple(columns),
         compute=np.array([compute(MACHINES[machine]) for machine, _ in columns]),
         seconds=np.array(times),
@@ -317,7 +254,7 @@ _CAVEAT = (
 
 
 def to_json(found: Prediction, overlap: Overlap) -> dict[str, Any]:
-    """Give a prediction as JSON would have it."""
+    """Return a prediction as JSON would have it."""
     return {
         "prediction": True,
         "caveat": _CAVEAT,
@@ -468,7 +405,7 @@ compute.
 def to_markdown() -> str:
     """Write the page."""
     numbers = counts.read()["workloads"][counts.LIBRARY]
-    families = list(dict.fromkeys(FAMILIES.values()))
+    families = list(FAMILIES.values())
     plain, hidden = predict("none"), predict("transfer")
     return _PAGE.format(
         caveat=_CAVEAT,

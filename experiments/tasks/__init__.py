@@ -32,11 +32,8 @@ in any module that Python can import from where you stand::
 and a config names it: ``task: my_package.my_module:my_task``.
 """
 
-import importlib
-import os
-import sys
-
-from bagua_jax.experiments.config import ConfigError, unknown
+from bagua_jax.experiments import names
+from bagua_jax.experiments.config import ConfigError, quote
 from bagua_jax.experiments.folders import blame
 from bagua_jax.experiments.tasks.base import Task
 from bagua_jax.experiments.tasks.counterexamples import (
@@ -91,31 +88,14 @@ def load(name: str) -> Task:
     Raises:
         ConfigError: if there is none.
     """
-    if name in TASKS:
-        return TASKS[name]()
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        raise unknown("task", name, TASKS, "task (and no package.module:name)")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"task: {name!r} cannot be imported: {blame(error)}. The "
-            "working directory and PYTHONPATH are searched."
-        ) from error
-    if not hasattr(module, attribute):
-        public = [n for n in dir(module) if not n.startswith("_")]
-        raise unknown("task", attribute, public, f"name in {module_name}")
-    found = getattr(module, attribute)
+    found = names.find(name, TASKS, "task", "task")
     try:
         task = found() if callable(found) else found
     except Exception as error:
-        raise ConfigError(f"task: {name!r} failed: {blame(error)}.") from error
+        raise ConfigError(f"task: {quote(name)} failed: {blame(error)}.") from error
     if not isinstance(task, Task):
         raise ConfigError(
-            f"task: {name!r} must be a Task or a function that returns one, got "
+            f"task: {quote(name)} must be a Task or a function that returns one, got "
             f"{type(task).__name__}."
         )
     return task

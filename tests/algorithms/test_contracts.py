@@ -23,7 +23,7 @@ from table import (
 )
 
 import bagua_jax
-from bagua_jax import Workers
+from bagua_jax import Workers, testing
 from bagua_jax import algorithms as alg
 
 AXIS = "workers"
@@ -116,20 +116,21 @@ def test_state_is_stable_through_scan_and_cond(row):
 
 
 @every_row
-def test_update_dtype_is_param_dtype(row):
-    workers, dtype = Workers.simulate(4), jnp.bfloat16
-    start = params(dtype)
-    tx = row.make(AXIS)
-
-    def step(target):
-        x = bagua_jax.worker_local(start, AXIS)
-        grads = jax.grad(loss)(x, target)
-        return tx.update(grads, tx.init(x), x)[0]
-
-    out = jax.eval_shape(workers.spmd(step, in_specs=workers.spec), targets(4))
-    for got, want in zip(jax.tree.leaves(out), jax.tree.leaves(start), strict=True):
-        assert got.dtype == want.dtype == dtype
-        assert got.shape[-want.ndim :] == want.shape if want.ndim else True
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dtype_is_kept",
+        "promotion_may_be_strict",
+        "buffers_are_its_own",
+        "any_class_of_parameters",
+    ],
+)
+def test_parts_that_users_bring(row, name):
+    """What is traced only, as users' own algorithms are checked."""
+    entry = alg.REGISTRY[row.algorithm]
+    case = testing.Case(entry.factory, entry.placement, row.options)
+    found = {name: check for name, check, _ in testing.algorithm_checks(case, 4)}
+    found[name]()
 
 
 @every_row
@@ -310,7 +311,8 @@ def test_masked_named_and_injected(row):
         static = STATIC & set(inspect.signature(factory).parameters)
         injected = optax.inject_hyperparams(factory, static_args=static)
         sync = injected(axis_name=AXIS, **row.options)
-    out = run(workers, row, steps=3, tx=named(optax.masked(sync, mask), inner))
+    tx = named(optax.masked(sync, mask), inner)
+    out = run(workers, row, steps=3, tx=tx, own=True)  # the scalar becomes so
     chex.assert_tree_all_finite(out[0])
     assert optax.tree.get(out[1], "learning_rate") == pytest.approx(
         row.options["learning_rate"] if row.is_optimizer else 0.1
@@ -421,7 +423,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"already summed over 'workers'") as info:
             workers.spmd(step, in_specs=workers.spec)(targets(n))
         assert row.algorithm in str(info.value)
-        assert "bagua_jax.worker_local(params, 'workers')" in str(info.value)
+        assert "bagua_jax.value_and_grad(loss_fn, 'workers')" in str(info.value)
 
     @pytest.mark.parametrize("row", rows, ids=ids(rows))
     def test_they_are_local_under_vmap_and_without_types(self, row):

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from oracles import buckets, estimators
 from oracles.algorithms import trajectory
 from oracles.gradient_side import topk as oracle_topk
-from table import NO_CODEC
 
 import bagua_jax
 from bagua_jax import Workers, compressors, topologies
@@ -36,7 +35,7 @@ def per_worker(step, n=N):
 
 
 def claims_unbiased(compressor):
-    """Give a deterministic compressor to MARINA, whose equations do not mind."""
+    """Run MARINA with a deterministic compressor; its equations do not mind."""
     facts = compressor.facts._replace(unbiased=True, omega=lambda d: 1.5, delta=None)
     return compressor._replace(facts=facts)
 
@@ -219,7 +218,7 @@ def feed(tx, steps, n=N, d=37):
 
 
 def once(tx, grads):
-    """Give the update of each worker on the first step."""
+    """Return the update of each worker on the first step."""
     grads = jnp.asarray(grads, jnp.float32)
     step = lambda g: tx.update(g, tx.init(g), g)[0]  # noqa: E731
     return np.asarray(per_worker(step, len(grads))(grads))
@@ -391,7 +390,9 @@ class TestCocktailSGD:
         return np.asarray(x), due, state
 
     def test_without_relaxations_it_averages_at_every_step(self):
-        x, _, _ = self.walk(alg.cocktail_sgd(**NO_CODEC, **one, mask_ratio=1.0))
+        x, _, _ = self.walk(
+            alg.cocktail_sgd(compressor=identity(), **one, mask_ratio=1.0)
+        )
         expected, _, _ = self.walk(alg.local_sgd(**one, local_steps=1))
         np.testing.assert_allclose(x, expected, atol=5e-6)
 

@@ -101,6 +101,32 @@ def test_one_worker_is_the_inner_optimizer(kind, row):
     assert_close_to_all(workers, row, x, parallel_sgd(1, 30), atol=atol)
 
 
+def test_one_worker_rounds_nothing_in_float64():
+    """Trees that an algorithm computes in and keeps are as wide as the parameters."""
+    rows = [row for kind, row in reducible if kind == "simulate"]
+    # dgc's codec sends float32.
+    rows = [row for row in rows if not row.is_optimizer and row.algorithm != "dgc"]
+    assert len(rows) > 15
+    with jax.enable_x64(True):
+        start = np.linspace(-1, 1, 15).reshape(5, 3)
+
+        def trained(tx, x):
+            def step(carry, _):
+                x, opt = carry
+                updates, opt = tx.update(x - 1 / 3, opt, x)
+                return (optax.apply_updates(x, updates), opt), None
+
+            (x, _), _ = jax.lax.scan(step, (x, tx.init(x)), length=20)
+            return x
+
+        chains = {row.algorithm: row.chain(AXIS, **row.plain) for row in rows}
+        program = lambda x: {k: trained(tx, x) for k, tx in chains.items()}  # noqa: E731
+        found = jax.jit(jax.vmap(program, axis_name=AXIS))(start[None])
+        expected = trained(SGD, jnp.asarray(start))
+        far = {k: float(np.abs(x[0] - expected).max()) for k, x in found.items()}
+    assert {k: off for k, off in far.items() if not off < 1e-14} == {}
+
+
 def test_one_worker_bytegrad_rounds_twice():
     g = jax.random.normal(jax.random.key(0), (1, 1000))
     tx = alg.bytegrad(axis_name=AXIS)

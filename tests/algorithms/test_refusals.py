@@ -38,7 +38,7 @@ BAD_ARGUMENTS = [
     ("diana", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
     ("diana", {"compressor": compressors.sign()}, r"must be unbiased.* Use ef21"),
     ("ef21", {"bucket_bytes": 0}, r"bucket_bytes must be .* got 0"),
-    ("ef21", {"compressor": compressors.randk()}, r"must be contractive.* Use diana"),
+    ("ef21", {"compressor": compressors.randk()}, r"must be below 1.* Use diana"),
     ("dgc", {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
     ("dgc", {"density": 0}, r"density must be in \(0, 1\], got 0"),
     ("dgc", {"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
@@ -189,8 +189,8 @@ REQUIRED = {
     "choco_sgd": {"compressor": compressors.sign(), "consensus_step_size": 0.1},
     "delayed_choco": {"compressor": compressors.sign(), "consensus_step_size": 0.1},
     "deep_squeeze": {"compressor": compressors.sign(), "mixing_rate": 0.1},
-    "quantized_gossip": {"compressor": compressors.sign()},
-    "ecd_psgd": {"compressor": compressors.qsgd()},
+    "quantized_gossip": {"compressor": compressors.minmax_uint8()},
+    "ecd_psgd": {"compressor": compressors.natural()},
     "moniqua": {"theta": 1.0},
     "quasi_global_momentum": {"learning_rate": 0.1},
     "hierarchical_averaging": {"periods": {4: None}},
@@ -336,9 +336,8 @@ def test_accumulate(k):
 
 def test_stateful_compressors_are_refused_where_payloads_are_exchanged_stateless():
     keeps = compressors.identity()._replace(init=lambda x: jnp.zeros(x.shape))
-    tx = make("qadam", {"compressor": keeps, "warmup_steps": 2})
-    with pytest.raises(ValueError, match="keeps state between steps"):
-        update(tx, jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match="qadam: .* stateless, .*keeps state between"):
+        make("qadam", {"compressor": keeps})
 
 
 def test_workers_without_devices():

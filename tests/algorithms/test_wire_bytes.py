@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table import CODES, ROWS, Row, ids, payload, targets, training
+from table import CODES, ROWS, Row, ids, targets, training
 
 from bagua_jax import Workers, buckets, wire
+from bagua_jax.traffic import payload
 
 N = 8
 START = {"w": jnp.zeros((301, 7)), "b": jnp.zeros(13), "s": jnp.zeros(())}

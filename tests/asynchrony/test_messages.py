@@ -14,6 +14,8 @@ from bagua_jax.asynchrony.messages import (
     Refused,
     decode,
     encode,
+    read_facts,
+    write_facts,
 )
 
 LIKE = jax.ShapeDtypeStruct
@@ -21,7 +23,7 @@ LAYOUT = Layout(
     full=(LIKE((5,), jnp.float32), LIKE((0,), jnp.float32)),
     compressed=(LIKE((5,), jnp.uint8), LIKE((2,), jnp.float32), LIKE((), jnp.bfloat16)),
     workers=3,
-    note="a compressor",
+    facts=b"topk",
 )
 HEADER = 48
 numbers = st.integers(0, 2**64 - 1)
@@ -97,13 +99,13 @@ def test_another_length_is_refused(message, change):
     "other",
     [
         LAYOUT._replace(workers=4),
-        LAYOUT._replace(note="another compressor"),
+        LAYOUT._replace(facts=b"sign"),
         LAYOUT._replace(full=(LIKE((5,), jnp.int32), LIKE((0,), jnp.float32))),
         LAYOUT._replace(full=(LIKE((5, 1), jnp.float32), LIKE((0,), jnp.float32))),
     ],
 )
 def test_another_model_is_refused_by_its_fingerprint(other):
-    with pytest.raises(Refused, match="another model, compressor or number"):
+    with pytest.raises(Refused, match="another model, compressor, number"):
         decode(encode(Message(Kind.PING, 0, 1), other), LAYOUT)
 
 
@@ -129,3 +131,22 @@ def test_a_message_with_other_arrays_is_not_written():
     wrong = (np.zeros(5, np.float64), np.zeros(0, np.float32))
     with pytest.raises(ValueError, match=r"messages\.encode: STATE carries"):
         encode(Message(Kind.STATE, 0, 1, arrays=wrong), LAYOUT)
+
+
+def test_facts_differ_wherever_they_do_and_in_no_order():
+    long = "x" * 5000
+    facts = {"model": long, "rate": "0.1", "größe": "½"}
+    written = write_facts(facts)
+    np.testing.assert_array_equal(written, write_facts(dict(reversed(facts.items()))))
+    again = read_facts(written)
+    assert (again["rate"], again["größe"]) == ("0.1", "½")
+    other = read_facts(write_facts({**facts, "model": long + "y"}))
+    assert other["model"] != again["model"]
+    assert {k: v for k, v in other.items() if k != "model"} == {
+        k: v for k, v in again.items() if k != "model"
+    }
+    with pytest.raises(ValueError, match="at most 8,192 bytes as JSON, got"):
+        write_facts({str(k): "x" for k in range(1000)})
+    for raw in (b"[]", b"{", b"\xff"):
+        with pytest.raises(Refused, match="no facts"):
+            read_facts(np.frombuffer(raw.ljust(8192), np.uint8))

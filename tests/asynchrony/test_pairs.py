@@ -1,8 +1,11 @@
 """Pair gossip: the mean is kept, messages are not believed, a worker may die."""
 
+import fcntl
 import io
 import json
 import math
+import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,7 +25,13 @@ from bagua_jax.asynchrony import (
     pairs,
     replay,
 )
-from bagua_jax.asynchrony.messages import Kind, Message, decode, encode
+from bagua_jax.asynchrony.messages import (
+    Kind,
+    Message,
+    decode,
+    encode,
+    write_facts,
+)
 from bagua_jax.asynchrony.transport import Server, endpoint
 from bagua_jax.compressors import Compressor, blockwise, minmax_uint8, qsgd, randk, topk
 
@@ -87,9 +96,12 @@ def test_a_compressor_that_would_diverge_is_refused(compressor, why):
 
 
 def train_in_threads(
-    n: int, steps: int, compressor: Compressor | None, timeout_s: float = 5.0
+    n: int, compressor: Compressor | None, is_enough, timeout_s: float = 5.0
 ):
-    """Run n workers of one process; their replicas, gossips and events."""
+    """Run n workers of one process until it is enough, as their gossips say.
+
+    Returns their replicas, gossips and events.
+    """
     where = addresses(n)
     replicas = [Replica(initial()) for _ in range(n)]
     logs = [io.StringIO() for _ in range(n)]
@@ -115,7 +127,7 @@ def train_in_threads(
 
         try:
             with gossips[w]:
-                for _ in range(steps):
+                while not is_enough(gossips):
                     replicas[w].step(slowly)
         except BaseException as error:
             failures.append(error)
@@ -126,14 +138,15 @@ def train_in_threads(
     for thread in threads:
         thread.join(180)
     assert not failures and not any(thread.is_alive() for thread in threads)
-    events = {}
-    for w, log in enumerate(logs):
-        lines = map(json.loads, log.getvalue().splitlines())
-        events[w] = [Event(**x | {"workers": tuple(x["workers"])}) for x in lines]
-    return replicas, gossips, events
+    return replicas, gossips, {w: parsed(log) for w, log in enumerate(logs)}
 
 
-def assert_replayed(replicas, events, compressor: Compressor | None, steps: int):
+def parsed(log: io.StringIO) -> list[Event]:
+    lines = map(json.loads, log.getvalue().splitlines())
+    return [Event(**x | {"workers": tuple(x["workers"])}) for x in lines]
+
+
+def assert_replayed(replicas, events, compressor: Compressor | None, steps: list[int]):
     """The events alone lead to the same parameters, bit for bit."""
     again = {w: Replica(initial()) for w in events}
     trainers = [Trainer(w) for w in range(len(events))]
@@ -142,7 +155,7 @@ def assert_replayed(replicas, events, compressor: Compressor | None, steps: int)
         again,
         lambda w, x: trainers[w](x)[0],
         PairArithmetic(initial(), compressor).replayed(),
-        dict.fromkeys(events, steps),
+        dict(enumerate(steps)),
     )
     for w in events:
         for name, value in replicas[w].params.items():
@@ -151,22 +164,25 @@ def assert_replayed(replicas, events, compressor: Compressor | None, steps: int)
 
 @pytest.mark.parametrize("compressor", [None, blockwise(8, 16)])
 def test_the_replay_ends_bit_for_bit_where_the_run_did(compressor):
-    n, steps = 3, 40
-    replicas, gossips, events = train_in_threads(n, steps, compressor)
+    n = 3
+
+    def is_enough(gossips):
+        in_step = max(gossip._log.getvalue().count("true") for gossip in gossips)
+        return min(g.exchanges for g in gossips) > 5 and in_step
+
+    replicas, gossips, events = train_in_threads(n, compressor, is_enough)
     numbers = [e.exchange for own in events.values() for e in own]
     assert all(numbers.count(e) == 2 for e in numbers)  # both sides, or neither
     assert [g.exchanges for g in gossips] == [len(events[w]) for w in range(n)]
-    assert min(g.exchanges for g in gossips) > 3
     assert not any(g.refused for g in gossips)
     assert any(event.in_step for own in events.values() for event in own)
-
-    assert_replayed(replicas, events, compressor, steps)
+    assert_replayed(replicas, events, compressor, [x.steps for x in replicas])
 
 
 def test_a_lost_message_tears_no_exchange_apart(monkeypatch):
     """Every fifth question, payload, commitment and answer vanishes."""
     kinds = (Kind.ASK, Kind.GRANT, Kind.OFFER, Kind.GIVE, Kind.COMMIT, Kind.DONE)
-    sent, steps, send = dict.fromkeys(kinds, 0), 1500, pairs._send
+    sent, send = dict.fromkeys(kinds, 0), pairs._send
 
     def lossy(socket, frames):
         kind = frames[-1][20]  # in the header
@@ -177,12 +193,31 @@ def test_a_lost_message_tears_no_exchange_apart(monkeypatch):
         return send(socket, frames)
 
     monkeypatch.setattr(pairs, "_send", lossy)
-    replicas, _, events = train_in_threads(2, steps, None, timeout_s=0.3)
-    assert min(sent.values()) >= 5, sent
+    replicas, _, events = train_in_threads(
+        2, None, lambda _: min(sent.values()) >= 10, timeout_s=0.3
+    )
     numbers = [[e.exchange for e in events[w]] for w in (0, 1)]
     assert len(numbers[0]) > 5
     assert sorted(numbers[0]) == sorted(numbers[1])  # both sides, or neither
-    assert_replayed(replicas, events, None, steps)
+    assert_replayed(replicas, events, None, [x.steps for x in replicas])
+
+
+def test_who_rests_wakes_when_the_rest_is_over(listening, monkeypatch):
+    """Else two workers that asked each other at the same time do it again and again."""
+    gossip, _, _ = listening
+    waits, attend, rested = [], gossip._attend, threading.Event()
+
+    def watched(wait_s):
+        waits.append((wait_s, gossip._rest_until - time.monotonic()))
+        if len(waits) < 20:
+            gossip._rest_until = time.monotonic() + 0.005
+        else:
+            rested.set()
+        attend(0.0)
+
+    monkeypatch.setattr(gossip, "_attend", watched)
+    assert rested.wait(30)
+    assert max(wait for wait, _ in waits[1:20]) <= 0.005
 
 
 # --- strangers and noise ---
@@ -242,6 +277,23 @@ def answer(gossip, data: bytes | None) -> Message:
     return decode(data, gossip._layout)
 
 
+def test_what_a_killed_worker_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = [tmp_path / f"bagua-jax-{name}" for name in ("dead", "alive", "young")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "lock").touch()
+    for folder in folders[:2]:
+        os.utime(folder, (0, 0))
+    with open(folders[1] / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        server = Server(*addresses(1), SECRET, 1000)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert len(left) == 3 and "bagua-jax-dead" not in left
+        server.close()
+    assert sorted(tmp_path.iterdir()) == folders[1:]
+
+
 def test_a_gift_is_applied_once_however_often_it_is_given(listening):
     gossip, replica, address = listening
     theirs = np.array([3.0, 2.0, 1.0, 0.0], np.float32)
@@ -264,6 +316,44 @@ def test_a_gift_is_applied_once_however_often_it_is_given(listening):
         assert late.kind is Kind.EXPIRED  # never granted, so never applied
     assert replica.params.tolist() == [102, 102, 102, 102]
     assert gossip.exchanges == 1
+
+
+def test_a_worker_that_differs_is_told_where_and_does_not_begin(listening, caplog):
+    gossip, replica, address = listening
+
+    def other(params, **facts) -> PairGossip:
+        where = [address, *addresses(1)]
+        own = Replica(params)
+        return PairGossip(own, worker=1, addresses=where, secret=SECRET, facts=facts)
+
+    with pytest.raises(ValueError, match="worker 1 differs from worker 0") as caught:
+        with other(jnp.zeros(4), rate=0.1):
+            pass
+    assert "rate is 0.1 in worker 1 and nothing in worker 0" in str(caught.value)
+    assert "model" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"\[5\]' in worker 1 and 'float32\[4\]'"):
+        with other(jnp.zeros(5)):
+            pass
+    assert replica.params.tolist() == [1, 2, 3, 4]
+
+
+def test_one_that_comes_later_and_differs_is_left_alone(caplog):
+    """The first trains already; the other says what differs to it, too."""
+    first = PairGossip(
+        Replica(jnp.zeros(4)),
+        worker=0,
+        addresses=addresses(2),
+        secret=SECRET,
+        patience_s=0.0,
+    )
+    with first:
+        first._compare(
+            Message(Kind.FACTS, 1, 0, arrays=(write_facts({"workers": "3"}),))
+        )
+        first._compare(Message(Kind.FACTS, 1, 0, arrays=(np.zeros(8192, np.uint8),)))
+        first._compare(Message(Kind.FACTS, 1, 0, arrays=(first._facts,)))
+    assert "workers is 2 in worker 0 and 3 in worker 1" in caplog.text
+    assert first.refused == {"no facts": 1, "facts that are the same": 1}
 
 
 def test_nothing_is_committed_before_it_is_given(listening):
@@ -330,6 +420,7 @@ def test_who_does_not_know_the_secret_is_not_heard(listening):
         assert not client.poll(300, zmq.POLLOUT)  # no handshake without CURVE
     plain.term()
     assert not gossip.refused and not gossip._seen
+    assert gossip.strangers["another secret, or none"] >= 2
 
 
 @pytest.mark.parametrize(

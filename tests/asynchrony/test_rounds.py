@@ -1,5 +1,6 @@
 """Rounds over two real processes: what they promise, and their replay in this one."""
 
+import re
 import threading
 from pathlib import Path
 
@@ -97,6 +98,32 @@ def test_a_log_with_a_hole_is_refused(run):
         )
 
 
+# --- what goes wrong between two processes ---
+
+
+@pytest.mark.parametrize(("harm", "who"), [("cut", (0, 1)), ("stopped", (0,))])
+def test_a_link_that_is_lost_ends_training_with_a_message(tmp_path, harm, who):
+    """Local steps wait for nobody, and yet do not go on for ever without the others.
+
+    gloo tells one side or both that a connection is lost; who is not told finds that a
+    round takes too long.
+    """
+    failed = r"(round \d+ of worker {0} failed: .*link was cut|"
+    waited = r"worker {0} has waited \d+ s for round \d+ to end.*link is cut)"
+    (port,) = free_ports(1)
+    with Workers("rounds_worker") as workers:
+        started = [workers.start(w, N, port, tmp_path, harm) for w in range(N)]
+        for w in who:
+            said = ""
+            # Not to its end: jax.distributed waits there for who is stopped.
+            while line := started[w].stdout.readline():
+                said += line
+                if re.search("Rounds: " + (failed + waited).format(w), said, re.DOTALL):
+                    break
+            else:
+                raise AssertionError(said)
+
+
 # --- what goes wrong, with one worker in this process ---
 
 
@@ -132,6 +159,17 @@ def test_a_round_that_does_not_end_is_reported_with_its_number():
     with pytest.raises(TimeoutError, match=r"worker 0 has waited .* for round 0"):
         with rounds:
             replica.step(no_step)
+    never.set()
+
+
+def test_a_round_that_does_not_end_stops_the_local_steps():
+    never = threading.Event()
+    replica, rounds = alone(timeout_s=0.2)
+    rounds._round = lambda snapshot, finished: never.wait()
+    with pytest.raises(TimeoutError, match=r"Another worker .* hangs.* link is cut"):
+        with rounds:
+            while not never.is_set():
+                replica.step(no_step)
     never.set()
 
 

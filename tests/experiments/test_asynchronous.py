@@ -2,12 +2,15 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from bagua_jax.experiments import asynchronous, folders, saves
+from bagua_jax.experiments import asynchronous, config, folders, integrity, saves
 from bagua_jax.experiments.folders import RunError
 
 PACE = ("--pace", "0.004", "0.008")
@@ -96,7 +99,8 @@ def test_a_worker_whose_loss_is_not_finite_leaves(tmp_path):
         ({"models-0.f32": b"half", "steps-0.jsonl": b'{"st'}, [1, 2]),
         ({"models-0.f32": b"a model" + bytes(5)}, [1, 2]),  # no line tells of it
         ({"models-0.f32": -12}, [1]),  # the machine lost power: its line is left
-        ({"steps-0.jsonl": -2}, [1]),
+        ({"steps-0.jsonl": -2}, [1, 2]),  # its copy has it
+        ({"steps-0.jsonl": -2, "copies/steps-0.jsonl": -9}, [1]),
     ],
 )
 def test_a_record_that_is_not_whole_is_cut_off(tmp_path, lost, left):
@@ -116,7 +120,7 @@ def test_a_record_that_is_not_whole_is_cut_off(tmp_path, lost, left):
     models = np.fromfile(tmp_path / "models-0.f32", np.float32).reshape(-1, 3)
     np.testing.assert_array_equal(models[:, 0], [*left, 3])
     np.testing.assert_array_equal(models, models[:, :1].repeat(3, 1))
-    lines = folders.read_lines(tmp_path / "steps-0.jsonl")
+    lines = integrity.peek(tmp_path / "steps-0.jsonl")
     assert [line["step"] for line in lines if "step" in line] == [*left, 3]
     assert [line["starts"] for line in lines if "starts" in line] == [0, 2]
 
@@ -142,6 +146,13 @@ def interrupted(run_async, monkeypatch, tmp_path):
     return run_async
 
 
+def saved_by(run) -> list[saves.About]:
+    """What the workers of a run have saved."""
+    name = folders.name_of(config.load(run / "config.yaml"))
+    found = [saves.about(run, worker, run=name) for worker in range(2)]
+    return [about for about in found if about is not None]
+
+
 @pytest.mark.parametrize("exchange", ["rounds", "pairs"])
 def test_an_interrupted_run_goes_on(interrupted, exchange):
     algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
@@ -149,11 +160,11 @@ def test_an_interrupted_run_goes_on(interrupted, exchange):
     small["optimizer"] = {"name": "sgd", "learning_rate": 0.02, "momentum": 0.9}
     flags = ("--exchange", exchange, "--pace", "0.01", "0.01")
 
-    status, out, err, folder = interrupted(*flags, **small)
+    status, out, err, folder = interrupted(*flags, "--restarts", "0", **small)
     assert status == 1 and "pulled the plug" in " ".join(err.split()), out + err
     (run,) = folder.glob("async-*")
-    saved = saves.steps_of(run, 2)
-    assert saved is not None and set(saved) <= {4, 8, 12}
+    saved = [own.steps for own in saved_by(run)]
+    assert set(saved) <= {4, 8, 12}
 
     status, out, err, _ = interrupted(*flags, "--replay", **small)
     assert status == 0, err
@@ -161,31 +172,110 @@ def test_an_interrupted_run_goes_on(interrupted, exchange):
     assert f"go on from steps {saved[0]}, {saved[1]}." in said
     assert "not replayed: worker 0 did not start once" in said
     for worker in range(2):
-        lines = folders.read_lines(run / f"steps-{worker}.jsonl")
+        lines = integrity.peek(run / f"steps-{worker}.jsonl")
         starts = [line["starts"] for line in lines if "starts" in line]
         assert starts == [0, saved[worker]]
         assert lines[-1]["step"] == 20
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps/max"] == 20
-    metrics = folders.read_lines(run / "metrics.jsonl")
+    metrics = integrity.peek(run / "metrics.jsonl")
     distance = [line["eval/distance_to_optimum"] for line in metrics]
     assert distance[-1] < distance[0]
+
+
+KILL = "os.kill(os.getpid(), {})"
+ONCE = """
+import os, sys
+from pathlib import Path
+if '--worker' in sys.orig_argv:
+    from bagua_jax.asynchrony import Replica
+    worker = sys.orig_argv[sys.orig_argv.index('--worker') + 1]
+    marker = Path({folder!r}, worker)
+    step = Replica.step
+    def struck(self, local_step):
+        if self.steps == 14 and worker in {struck} and not marker.exists():
+            marker.touch()
+            {strike}
+        return step(self, local_step)
+    Replica.step = struck
+"""
+
+
+@pytest.mark.parametrize(
+    ("exchange", "struck", "strike", "said"),
+    [
+        ("rounds", "1", KILL.format(9), "was killed by SIGKILL"),
+        # as gloo says that it has lost a connection
+        ("rounds", "1", "raise ValueError('lost')", "ended with exit status 3"),
+        ("pairs", "1", KILL.format(int(signal.SIGSTOP)), "has not moved for"),
+        ("pairs", "01", KILL.format(9), "was killed by SIGKILL"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_started_again(
+    run_async, monkeypatch, tmp_path, exchange, struck, strike, said
+):
+    """Alone in pairs; if all die at once, what each saved is what they go on from."""
+    program = ONCE.format(folder=str(tmp_path), struck=tuple(struck), strike=strike)
+    (tmp_path / "sitecustomize.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
+    flags = ("--exchange", exchange, "--pace", "0.01", "0.01", "--stuck-after", "8")
+    status, out, err, folder = run_async(
+        *flags,
+        *("--backoff", "0.1", "--timeout", "60"),  # the other one waits for it
+        algorithms=[algorithm],
+        checkpoint_every=4,
+    )
+    err = " ".join(err.split())
+    assert status == 0, out + err
+    assert f"(worker {struck[0]}, host" in err and said in err, err
+    assert ("; the others go on." in err) == (exchange == "pairs")
+    (run,) = folder.glob("async-*")
+    assert json.loads((run / "summary.json").read_text())["steps/max"] == 20
+    for worker in range(2):
+        lines = integrity.peek(run / f"steps-{worker}.jsonl")
+        starts = [line["starts"] for line in lines if "starts" in line]
+        assert lines[-1]["step"] == 20
+        begun_again = exchange == "rounds" or str(worker) in struck
+        assert len(starts) == 1 + begun_again and starts[0] == 0
+        assert all(start >= 4 for start in starts[1:]), starts
+
+
+def test_a_worker_that_cannot_go_on_is_not_passed_over(
+    run_async, monkeypatch, tmp_path
+):
+    """The others of pairs finish; the run has not, and the same command goes on."""
+    program = ONCE.format(folder=str(tmp_path), struck=("1",), strike="sys.exit(1)")
+    (tmp_path / "sitecustomize.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    flags = ("--exchange", "pairs", "--pace", "0.01", "0.01")
+    status, out, err, folder = run_async(*flags, checkpoint_every=4)
+    assert status == 1, out + err
+    assert "worker 1 failed." in err and "The same command goes on" in err
+    (run,) = folder.glob("async-*")
+    assert not (run / "summary.json").exists()
+    status, out, err, _ = run_async(*flags, checkpoint_every=4)
+    assert status == 0, out + err
+    assert "go on from steps 20, 12." in " ".join(out.split())
+    lines = integrity.peek(run / "steps-1.jsonl")
+    assert [line["starts"] for line in lines if "starts" in line] == [0, 12]
+    assert lines[-1]["step"] == 20
 
 
 def test_rounds_go_on_from_the_mean(interrupted):
     """Whose models are equal at the start: what algorithms assume."""
     algorithm = {"name": "async_model_average", "period": 10**6, "label": "alone"}
     small = {"algorithms": [algorithm], "checkpoint_every": 4}
-    status, _, err, folder = interrupted(**small)
+    status, _, err, folder = interrupted("--restarts", "0", **small)
     assert status == 1, err
     run = folder / "async-alone-s0"
     # All steps are taken: what is left of the run is to begin, and to end.
     for worker, value in enumerate((1.0, 4.0)):
-        path = run / f"saved-{worker}.npz"
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        arrays = {k: x if k == "steps" else x * 0 + value for k, x in arrays.items()}
-        np.savez(path, **arrays | {"steps": 20})
+        with np.load(run / f"saved-{worker}.npz") as file:
+            size = file[file.files[-1]].size
+        about = saved_by(run)[worker]
+        state = jnp.full(size, value), optax.sgd(0.1).init(jnp.zeros(size))
+        saves.save(run, worker, state, 20, run=about.run, marks=about.marks)
     status, out, err, _ = interrupted(**small)
     assert status == 0, err
     assert "go on from steps 20, 20" in " ".join(out.split())
@@ -231,7 +321,7 @@ def test_policy_for_a_worker_that_is_not_finite(
     assert status == expected, said
     assert "worker 1: the training loss is nan on step 1" in said
     assert ("With on_nan: drop" in said) == (policy == "stop")
-    assert ("The others go on" in said) == (policy == "drop")
+    assert ("; the others go on." in said) == (policy == "drop")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from bagua_jax.experiments import (
     catalog,
     claims,
     config,
-    folders,
+    integrity,
     report,
     tasks,
     train,
 )
 from bagua_jax.experiments.claims import Verdict
+from bagua_jax.experiments.comparison import Result
 from bagua_jax.experiments.config import ConfigError
 
 PUBLISHED = [name for name in config.shipped() if name.startswith("published/")]
@@ -108,6 +109,8 @@ REFUSED = [
     ("[a.steps for x in y] < 1", ["cannot stand"]),
     ("__import__('os').system('true') < 1", ["cannot stand"]),
     ("(lambda: 1)() < a.steps", ["cannot stand"]),
+    ("f'{a.steps}' < 1", ["expression"]),
+    ("1e400 < a.steps", ["too large"]),
 ]
 
 
@@ -117,6 +120,24 @@ def test_other_expressions_are_refused(text, words):
         claims.parse(text)
     for word in ["claims", repr(text), "LABEL.METRIC", *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("-" * 900 + "a.steps < 1", "more than 200 parts"),
+        ("(" * 900 + "a.steps", "no expression"),
+        ("a.steps" + " + 1" * 200 + " < 1", "more than 200 parts"),
+        ("1" + " < 2" * 200, "more than 200 parts"),
+        ("9" * 900 + " < a.steps", "too large"),
+        ("a.steps < 1" + " " * 1000, "longer than 1000"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_endless_expressions_are_refused_in_few_words(text, why):
+    with pytest.raises(ConfigError, match=why) as caught:
+        claims.parse(text)
+    assert len(str(caught.value)) < 1000
 
 
 # --- through the command line ---
@@ -208,7 +229,7 @@ def test_an_interrupted_run_diverges_on_the_same_step(lab, monkeypatch):
     class Killed(BaseException):
         pass
 
-    original = folders.append_lines
+    original = integrity.Journal.append
 
     def deadly(path, records):
         original(path, records)
@@ -217,7 +238,7 @@ def test_an_interrupted_run_diverges_on_the_same_step(lab, monkeypatch):
 
     lab.run(output="whole", algorithms=[WILD])
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "append_lines", deadly)
+        patch.setattr(integrity.Journal, "append", deadly)
         with pytest.raises(Killed):
             lab.run(output="cut", algorithms=[WILD])
     status, out, _ = lab.run(output="cut", algorithms=[WILD])
@@ -253,7 +274,7 @@ def test_the_table_says_diverged_instead_of_numbers():
     row = {"label": "wild", "eval/loss": 7.0, "train/loss_last_10": 8.0, "wire": wire}
     row |= {"consensus/distance_sq": 9.0, "time/steps_per_s": 5.0, "diverged": True}
     console = Console(file=io.StringIO(), width=120)
-    console.print(report._table([(None, row)], console.width))
+    console.print(report._table([Result(None, row)], console.width))
     (line,) = (x for x in console.file.getvalue().splitlines() if "wild" in x)
     told = "wild diverged diverged diverged 1.23 kB 0.25 diverged 5"
     assert line.split() == told.split()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from bagua_jax.experiments import catalog, config, tasks, train
+from bagua_jax.experiments import catalog, config, integrity, tasks, train
 
 
 def python(*argv: str, cwd, **env: str) -> subprocess.CompletedProcess:
@@ -85,7 +85,7 @@ def test_list_one_kind(lab):
         (["run", "dmo"], ["'dmo'", "'demo'"]),
         (["run", "demo", "--stepz", "3"], ["--stepz", "--steps"]),
         (["run", "demo", "--steps", "x"], ["--steps", "'x'"]),
-        (["run", "demo", "--steps", "0"], ["steps", "0", "positive"]),
+        (["run", "demo", "--steps", "0"], ["steps", "0", "from 1"]),
         (["run", "demo", "--where", "simulat"], ["--where", "'simulat'", "simulate"]),
         (["run", "demo", "--optimizer.name", "adm"], ["adm", "adam"]),
         (["run", "demo", "--optimizer.b1", "0.9"], ["optimizer.b1", "0.9", "adam"]),
@@ -103,10 +103,12 @@ def test_list_one_kind(lab):
 )
 def test_bad_usage(lab, monkeypatch, argv, words):
     if words is None:  # the counterpart: a good one gets as far as the task
-        monkeypatch.setattr(tasks, "load", lambda name: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            lab.main(*argv)
-        return
+
+        def load(name):
+            raise config.ConfigError(f"reached {name}")
+
+        monkeypatch.setattr(tasks, "load", load)
+        words = ["reached mnist5k"]
     if argv[:1] == ["run"]:
         argv = [*argv, "--output", str(lab.root)] if len(argv) > 2 else argv
     status, _, err = lab.main(*argv)
@@ -149,10 +151,10 @@ def test_a_read_only_output_is_refused(lab):
 
 
 def test_a_folder_that_turns_read_only_fails_the_run(lab, monkeypatch):
-    def refuse(path, records):
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(train.folders, "append_lines", refuse)
+    monkeypatch.setattr(integrity.Journal, "sync", refuse)
     status, _, err = lab.run()
     assert status == 1
     assert "Permission denied" in err and "metrics.jsonl" in err
@@ -201,6 +203,7 @@ def test_a_run_leaves_its_folder_behind(lab):
         "environment.json",
         "metrics.jsonl",
         "timing.jsonl",
+        "copies",
         "checkpoints",
         "log.txt",
         "summary.json",
@@ -425,3 +428,43 @@ def test_the_demo_as_shipped(tmp_path):
     assert results["qadam"]["wire"]["warmup_bytes_per_worker"] == plain
     for name in ("loss_vs_steps.png", "loss_vs_bytes.png"):
         assert (tmp_path / "runs/demo" / name).stat().st_size > 20_000
+
+
+# --- run --check ---
+
+
+def test_a_check_names_what_would_run_and_writes_nothing(lab):
+    assert lab.run(algorithms=["bytegrad"])[0] == 0
+    before = sorted(lab.root.rglob("*"))
+    status, out, err = lab.run("--check", algorithms=["bytegrad", "decentralized"])
+    assert (status, err) == (0, "")
+    done, to_do = out.splitlines()
+    assert done == f"{lab.folder('bytegrad')}: finished"
+    assert "/small/decentralized-" in to_do and to_do.endswith("-s0: to run")
+    assert sorted(lab.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "words"),
+    [
+        (["--steps", "-1"], {}, "steps: must be"),
+        ([], {"task": "mnist6k"}, "'mnist5k'"),
+        ([], {"algorithms": [{"name": "bytegrad", "ratio": 1}]}, "'ratio'"),
+        ([], {"algorithms": [{"name": "ef21", "compressor": "randk(0.1)"}]}, "ef21"),
+        (
+            ["--workers", "4096", "--where", "simulate"],
+            {"algorithms": [{"name": "decentralized", "topology": "complete"}]},
+            "at most 1,048,576 messages",
+        ),
+        (
+            ["--workers", "300", "--where", "simulate"],
+            {"algorithms": [{"name": "decentralized", "topology": "star"}]},
+            "star of 300 workers has 299",
+        ),
+    ],
+)
+def test_a_check_refuses_what_a_run_refuses(lab, flags, changes, words):
+    status, out, err = lab.run("--check", *flags, **changes)
+    assert status == 2 and out == "" and words in err
+    assert lab.run(*flags, **changes)[::2] == (status, err)
+    assert [path.name for path in lab.root.iterdir()] == ["config.yaml"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 
 import pytest
 
@@ -54,17 +55,35 @@ BAD_FIELDS = [
     ("optimizer: {name: sdg}", ["optimizer.name", "'sdg'", "'sgd'"]),
     ("optimizer: {name: adam, momentum: 0.9}", ["optimizer.momentum", "0.9", "sgd"]),
     ("optimizer: {learning_rate: -1}", ["optimizer.learning_rate", "-1", "positive"]),
-    ("optimizer: {learning_rate: .nan}", ["optimizer.learning_rate", "nan"]),
+    ("optimizer: {learning_rate: .nan}", ["optimizer.learning_rate", "nan", "finite"]),
     ("optimizer: 3", ["optimizer", "mapping", "3"]),
     ("where: simulat", ["where", "'simulat'", "'simulate'", "devices"]),
     ("sharding: labels", ["sharding", "'labels'", "'label'"]),
-    ("steps: 0", ["steps", "positive", "0"]),
+    ("steps: 0", ["steps", "from 1 to 2,147,483,647", "got 0"]),
+    ("steps: 2147483648", ["steps", "2,147,483,647", "got 2147483648"]),
     ("steps: ten", ["steps", "whole number", "'ten'"]),
     ("steps: 1.5", ["steps", "whole number", "1.5"]),
     ("steps: true", ["steps", "whole number", "True"]),
     ("steps: null", ["steps", "None"]),
-    ("workers: -2", ["workers", "positive", "-2"]),
+    ("workers: -2", ["workers", "from 1 to", "-2"]),
+    ("workers: 9223372036854775808", ["workers", "64 bits", "9223372036854775808"]),
+    ("workers: 9223372036854775807", ["workers", "from 1 to", "9223372036854775807"]),
+    ("batch_size: 99999999999", ["batch_size", "from 1 to", "99999999999"]),
+    ("eval_every: 0", ["eval_every", "from 1 to"]),
+    ("checkpoint_every: -1", ["checkpoint_every", "from 1 to"]),
+    ("check_replicas_every: 0", ["check_replicas_every", "from 1 to"]),
+    ("keep_checkpoints: 0", ["keep_checkpoints", "from 1 to"]),
     ("seed: -1", ["seed", "-1"]),
+    ("optimizer: {momentum: .nan}", ["optimizer.momentum", "finite", "nan"]),
+    ("optimizer: {momentum: 1.5}", ["optimizer.momentum", "from 0 to 1", "1.5"]),
+    ("optimizer: {name: adam, b2: 1}", ["optimizer.b2", "from 0 to 0.99", "1.0"]),
+    ("optimizer: {name: adam, eps: -1}", ["optimizer.eps", "from 0", "-1.0"]),
+    ("optimizer: {name: adamw, weight_decay: .inf}", ["weight_decay", "finite"]),
+    ("optimizer: {learning_rate: 1" + "0" * 400 + "}", ["learning_rate", "finite"]),
+    ("optimizer: {learning_rate: 1e39}", ["learning_rate", "positive", "1e+39"]),
+    ('output: "a\\tb\\0"', ["not valid YAML", "x00"]),
+    ('output: ""', ["output", "path"]),
+    ("experiment: " + "e" * 101, ["experiment", "at most 100 bytes", "101"]),
     ("experiment: a/b", ["experiment", "'a/b'", "folder"]),
     ("experiment: ..", ["experiment", "'..'"]),
     ("algorithms: bytegrad, qadam, 3", ["algorithms[2]", "3"]),
@@ -123,8 +142,14 @@ def test_a_folder_is_no_config_and_unknown_names_have_neighbours(tmp_path):
 BAD_ALGORITHMS = [
     ({"name": "bytgrad"}, ["'bytgrad'", "'bytegrad'"]),
     ({"name": "bytegrad", "bucket_byte": 3}, ["bucket_byte", "3", "'bucket_bytes'"]),
+    ({"name": "bytegrad", 1: 2}, ["algorithms.bytegrad.1", "= 2", "bucket_bytes"]),
     ({"name": "bytegrad", "axis_name": "x"}, ["axis_name", "'x'", "bucket_bytes"]),
     ({"name": "bytegrad", "bucket_bytes": 0}, ["bytegrad", "bucket_bytes", "0"]),
+    ({"name": "bytegrad", "bucket_bytes": 2**63}, ["bucket_bytes", "64 bits"]),
+    ({"name": "qadam", "learning_rate": math.nan}, ["qadam.learning_rate", "finite"]),
+    ({"name": "qadam", "learning_rate": 0.1, "eps": math.inf}, ["eps", "finite"]),
+    ({"name": "async_model_average", "period": 2**40}, ["async_model_average", "int"]),
+    ({"name": "delayed_gradients", "staleness": ["a"]}, ["delayed_gradients", "a"]),
     ({"name": "bytegrad", "bucket_bytes": "9"}, ["bucket_bytes", "whole number"]),
     ({"name": "bytegrad", "error_feedback": "workr"}, ["'workr'", "'worker'"]),
     ({"name": "qadam"}, ["algorithms.qadam.learning_rate", "missing"]),
@@ -168,6 +193,8 @@ BAD_ALGORITHMS = [
     ({"name": "ef21", "compressor": "topk(1, 2)"}, ["topk takes 1 parameter", "1, 2"]),
     ({"name": "ef21", "compressor": "topk(rato=0.1)"}, ["rato = 0.1", "'ratio'"]),
     ({"name": "ef21", "compressor": "topk("}, ["compressor", "'topk('"]),
+    ({"name": "ef21", "compressor": {"name": "topk", 0: 0.1}}, ["names", "0: 0.1"]),
+    ({"name": "ef21", "compressor": "topk(.nan)"}, ["compressor.ratio", "finite"]),
     (
         {"name": "ef21", "compressor": "hadamard(sgn)"},
         ["compressor.inner", "'sgn'", "'sign'"],
@@ -230,7 +257,7 @@ UNBIASED = ("diana", "ecd_psgd", "marina")  # algorithms that refuse other compr
 @pytest.mark.parametrize("name", catalog.ALGORITHMS)
 def test_every_algorithm_can_be_configured(tmp_path, name):
     needed = {
-        "compressor": "natural" if name in UNBIASED else "topk(0.5)",
+        "compressor": "natural" if name in UNBIASED else "topk(0.6)",
         "consensus_step_size": 0.1,
         "fragments": 1,
         "learning_rate": 0.1,

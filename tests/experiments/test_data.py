@@ -135,9 +135,9 @@ def test_mnist5k_is_never_called_mnist():
             "no_such_module:task",
             ["no_such_module", "ModuleNotFoundError", "PYTHONPATH"],
         ),
-        ("math:pii", ["'pii'", "'pi'"]),
-        ("math:pi", ["must be a Task", "float"]),
-        ("math:sqrt", ["failed", "TypeError"]),
+        ("numpy:pii", ["'pii'", "'pi'"]),
+        ("numpy:pi", ["must be a Task", "float"]),
+        ("numpy:sqrt", ["failed", "TypeError"]),
     ],
 )
 def test_tasks_that_are_none_are_refused(name, words):

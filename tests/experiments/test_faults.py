@@ -8,26 +8,29 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bagua_jax import Workers
-from bagua_jax.experiments import checkpoint, folders, train
+from bagua_jax.experiments import checkpoint, train
 from bagua_jax.experiments.data import Shards
 from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.tasks import TASKS
 
 BATCH = Shards.batch
 
 
-def poison(monkeypatch, steps, workers=(2,)) -> None:
+def poison(monkeypatch, steps, workers=(2,), value=np.nan) -> None:
     """Spoil the batches of some workers in some steps, counted from 1."""
 
     def batch(self, step, own=slice(None)):
         found = BATCH(self, step, own)
         if step + 1 in steps:
-            found["target"][list(workers)] = np.nan
+            found["target"][list(workers)] = value
         return found
 
     monkeypatch.setattr(Shards, "batch", batch)
@@ -59,7 +62,69 @@ def test_a_skipped_step_is_as_if_it_had_not_been(lab, monkeypatch, label):
     )
     assert lab.run(output="without", steps=11, **changes)[0] == 0
     ours, theirs = lab.state(label, "skips"), lab.state(label, "without")
-    assert ours == theirs
+    counts = [
+        np.frombuffer(x.pop(".opt_state.skipped")[2], np.int32) for x in (ours, theirs)
+    ]
+    assert ours == theirs and counts == [1, 0]
+
+
+HUGE = 1e6  # of a target: nothing overflows, and everybody can tell
+
+
+@jax.custom_jvp
+def trap(x, kind):
+    """0 where a gradient is spoilt, infinity where a loss is, with gradient 0."""
+    return jnp.where(kind == 2, jnp.inf, 0.0) + 0.0 * x
+
+
+trap.defjvps(lambda dx, out, x, kind: jnp.where(kind == 1, jnp.nan, 0.0) * dx, None)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_gradients_and_losses_each_spoil_a_step_alone(lab, monkeypatch, kind):
+    """One worker's gradient is NaN where its loss is finite, or the other way round."""
+    task = TASKS["quadratic"]()
+
+    def loss(params, batch):
+        spoilt = kind * (jnp.max(jnp.abs(batch["target"])) >= HUGE)
+        return task.loss(params, batch) + trap(jax.tree.leaves(params)[0].sum(), spoilt)
+
+    monkeypatch.setitem(TASKS, "quadratic", lambda: task._replace(loss=loss))
+    poison(monkeypatch, {6}, value=HUGE)
+    status, out, _ = lab.run("--on-nan", "skip")
+    assert status == 0 and "step 6 is skipped: not finite at worker 2" in out
+    lines = lab.lines()
+    assert lines[6]["train/skipped_by"] == 1 and np.isfinite(lines[6]["train/loss"])
+    assert lines[7]["train/loss"] < 1e3 and "train/skipped_by" not in lines[7]
+
+
+def test_an_update_that_is_not_finite_is_skipped(lab, monkeypatch):
+    """Though every gradient is: the fault is nobody's."""
+    made = train.catalog.transform
+
+    def overflows(config, axis_name, turns=None):
+        scale = lambda u: jnp.where(jnp.abs(u) > 1e3, u * 1e38, u)  # noqa: E731
+        after = optax.stateless(lambda u, _: jax.tree.map(scale, u))
+        return optax.chain(made(config, axis_name, turns), after)
+
+    monkeypatch.setattr(train.catalog, "transform", overflows)
+    poison(monkeypatch, {6}, value=HUGE)
+    status, out, _ = lab.run("--on-nan", "skip")
+    assert status == 0 and "step 6 is skipped: the update is not finite, though" in out
+    assert lab.lines()[6]["train/skipped_by"] == 0
+    assert lab.lines()[7]["train/loss"] < 1e3
+
+
+@pytest.mark.parametrize("where", ["simulate", "devices"])
+def test_a_step_that_is_bad_on_all_workers_is_skipped_too(lab, monkeypatch, where):
+    """Then nobody has a loss to record."""
+    poison(monkeypatch, {6, 12}, workers=range(4))
+    status, out, _ = lab.run("--on-nan", "skip", "--where", where)
+    assert status == 0 and "step 6 is skipped: not finite at worker 0, worker 1" in out
+    lines = lab.lines()
+    assert lines[6]["train/skipped_by"] == 4 and "train/loss" not in lines[6]
+    assert np.isfinite(lines[7]["train/loss"]) and len(lines) == 13
+    assert np.isfinite(lab.summary()["train/loss_last_10"])
 
 
 def test_a_run_that_only_skips_is_stopped(lab, monkeypatch):
@@ -146,7 +211,7 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(lab, monkeypatch):
     assert "step 8 cannot be written to" in err and ": File too large. " in err, err
     assert "That of step 4 is whole: the same command continues from it" in err
     folder = lab.folder("decentralized", "full")
-    assert folders.read_json(folder / "checkpoints/4/seal.json")
+    assert (folder / "checkpoints/4/seal.json").exists()
     status, out, _ = lab.run(output="full", **changes)
     assert status == 0 and "continues after step 4" in out
     for look in (lab.metrics, lab.state):

@@ -158,7 +158,7 @@ def test_one_node_has_its_own_links(lab, compiler):
         ("--cluster 8:h100 --network 10gbit", "network: 8:h100 is one node"),
         ("--cluster v5e:2x4 --network wan", "network: v5e:2x4 is one node"),
         ("--cluster 8:h100 --hierarchy", "hierarchy: needs nodes of several devices"),
-        ("--cluster 2x4:h100 --ports 0", "ports: must be at least 1"),
+        ("--cluster 2x4:h100 --ports 0", "ports: must be from 1"),
         ("--cluster 3x3:h100 --network 10gbit", "shift_one"),  # 9 workers do not pair
     ],
 )

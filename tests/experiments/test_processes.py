@@ -1,6 +1,7 @@
 """Several processes: equal numbers, one supervisor, nothing lost and nothing left."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -75,7 +77,7 @@ def test_all_six_are_the_same_in_two_processes(lab):
                     list(ours.values()), list(theirs.values()), rtol=2e-5, atol=1e-9
                 )
         else:
-            assert lab.metrics(label, "two") == lab.metrics(label, "one")
+            assert two == one
             assert lab.state(label, "two") == lab.state(label, "one")
 
 
@@ -112,7 +114,7 @@ def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
 
     last, _ = (ours := launch("-n", "1", "--", "run", config)).communicate(timeout=300)
     assert ours.returncode == 0 and "continues after step" in last, last
-    assert lab.metrics("bytegrad", "cut") == lab.metrics("bytegrad", "whole")
+    assert lab.lines("bytegrad", "cut") == lab.lines("bytegrad", "whole")
     assert lab.state("bytegrad", "cut") == lab.state("bytegrad", "whole")
     left = (lab.folder("bytegrad", "cut") / "checkpoints").iterdir()
     assert {path.name for path in left} == {"2880", "3000"}
@@ -128,7 +130,7 @@ def test_killed_stopped_and_continued_by_another_number_of_processes(lab):
         (["-n", "2"], "comes after --"),
         (["-n", "2", "--", "list"], "`run CONFIG` in several processes"),
         (["-n", "2", "--", "run", "CONFIG", "--where", "devices"], "got 'devices'"),
-        (["-n", "2", "--", "run", "CONFIG", "--steps", "0"], "steps: must be positive"),
+        (["-n", "2", "--", "run", "CONFIG", "--steps", "0"], "steps: must be from 1"),
     ],
     ids=str,
 )
@@ -172,9 +174,168 @@ def test_a_host_name_that_collectives_cannot_use_is_refused(
     assert "/etc/hosts" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ("192.0.2.5:9999", ValueError, "cannot listen on 192.0.2.5:9999"),
+        ("no such host:9999", ValueError, "cannot listen on no such host:9999"),
+        ("junk", ValueError, "must be host:port, .* got 'junk'"),
+        (":9999", ValueError, "must be host:port"),
+        ("127.0.0.1:99999", ValueError, "from 1 to 65535; got '127.0.0.1:99999'"),
+        ("127.0.0.1:0", ValueError, "from 1 to 65535"),
+        ("127.0.0.1:TAKEN", ConnectionError, "Address already in use"),
+    ],
+)
+def test_an_address_that_the_coordinator_cannot_use_is_refused(given, error, words):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = given.replace("TAKEN", str(taken.getsockname()[1]))
+        with pytest.raises(error, match=words):
+            processes.initialize(
+                coordinator_address=given,
+                coordinator_bind_address=given,
+                num_processes=2,
+                process_id=0,
+            )
+
+
+@pytest.mark.parametrize(
+    "value", ["", "junk", "1", "3/2", "2/2", "-1/2", "0/0", "1/2/3"]
+)
+def test_junk_in_the_environment_of_launch_is_refused(lab, monkeypatch, value):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:9999")
+    monkeypatch.setenv(processes.PROCESS, value)
+    with pytest.raises(ValueError, match=f"{processes.PROCESS} must be") as refusal:
+        processes.find()
+    assert f"got {value!r}" in str(refusal.value)
+    monkeypatch.setattr(supervise.faulthandler, "register", lambda number: None)
+    monkeypatch.setattr(supervise.ctypes, "CDLL", mock.MagicMock())
+    status, _, err = lab.run()  # no supervisor has started this process
+    assert status == 2 and f"{processes.PROCESS}={value!r}" in err and "unset" in err
+
+
+def test_a_process_without_its_coordinator_is_refused(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setenv(processes.PROCESS, "0/2")
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS"):
+        processes.find()
+
+
+def test_a_taken_port_is_changed_for_another(lab, monkeypatch):
+    config = lab.config(output=str(lab.root), algorithms=["bytegrad"], steps=3)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+        ours = launch("-n", "2", "--restarts", "2", "--", "run", config)
+        said, _ = ours.communicate(timeout=300)
+    assert ours.returncode == 0, said
+    assert f"cannot listen on {address}: Address already in use" in said
+    assert "exit status 3 at starting" in said and "restart 1 of 2" in said
+    assert "restart 2" not in said
+
+
+# --- what processes compare when they join ---
+
+
+DIFFERENT = """
+import sys
+from bagua_jax import processes
+
+_, index, port, steps, version = sys.argv
+if version:
+    found = processes.metadata.version
+    processes.metadata.version = lambda name: version if name == "jax" else found(name)
+address = f"127.0.0.1:{port}"
+try:
+    processes.initialize(
+        facts={"config.steps": int(steps), "config.seed": 0},
+        coordinator_address=address,
+        coordinator_bind_address=address,
+        num_processes=3,
+        process_id=int(index),
+    )
+    print("joined")
+except ValueError as error:
+    print(error)
+"""
+
+
+def join_three(*others: tuple[str, str, Path]) -> list[str]:
+    """Join three processes, the last with another number of steps, version, or tree."""
+    port = supervise.free_addresses(1)[0].rpartition(":")[2]
+    own = ("20", "", Path(__file__).parents[2])
+    ran = []
+    for index, (steps, version, tree) in enumerate([own, own, *others]):
+        words = [sys.executable, "-c", DIFFERENT, str(index), port, steps, version]
+        env = clean_environment() | {"PYTHONPATH": str(tree)}
+        ran.append(subprocess.Popen(words, env=env, stdout=-1, text=True, cwd=tree))
+    said = [process.communicate(timeout=200)[0] for process in ran]
+    return [text.splitlines()[-1] for text in said]
+
+
+def test_processes_that_differ_are_named_in_all(tmp_path):
+    root = Path(__file__).parents[2]
+    assert join_three(("20", "", root)) == ["joined"] * 3
+    for name in ("bagua_jax", "algorithms", "experiments"):
+        shutil.copytree(
+            root / name,
+            tmp_path / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    with open(tmp_path / "bagua_jax" / "algorithms" / "bytegrad.py", "a") as file:
+        file.write("# one comment\n")
+    (said, *same) = join_three(("30", "0.1.2", tmp_path))
+    assert same == [said, said]
+    assert "process 2 on host" in said and "differs from process 0" in said
+    jax_here = processes.metadata.version("jax")
+    for words in (
+        "config.steps is 30 in process 2 and 20 in process 0",
+        f"version of jax is '0.1.2' in process 2 and '{jax_here}' in process 0",
+        "hash of bagua_jax's source is '",
+        f"and '{processes.code_identity()}' in process 0",
+    ):
+        assert words in said
+    assert "config.seed" not in said
+
+
 def test_this_host_has_an_address_to_listen_on():
     address = processes.listening_address()
     assert not processes.ipaddress.ip_address(address).is_global
+
+
+FAILS = """
+import sys, time
+from bagua_jax import processes
+from bagua_jax.experiments import cli
+from bagua_jax.experiments.folders import RunError
+
+_, index, port, error = sys.argv
+address = f"127.0.0.1:{port}"
+processes.initialize(
+    coordinator_address=address, num_processes=2, process_id=int(index)
+)
+def fail(flags):
+    raise getattr(__builtins__, error, RunError)("no room")
+cli.parse = fail if int(index) else lambda argv: time.sleep(600)
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("error", "status"), [("RunError", 1), ("KeyError", 3)])
+def test_a_process_ends_though_its_log_is_on_a_full_disk(error, status):
+    """It has others: leaving in the usual way would be to wait for them."""
+    port = supervise.free_addresses(1)[0].rpartition(":")[2]
+    words = [sys.executable, "-c", FAILS]
+    with open("/dev/full", "w") as full:
+        first = subprocess.Popen([*words, "0", port, error])
+        second = subprocess.Popen([*words, "1", port, error], stdout=full, stderr=full)
+        try:
+            assert second.wait(timeout=60) == status
+        finally:
+            for process in (first, second):
+                process.kill()
+                process.wait()
 
 
 # --- the supervisor, over programs of a line or two ---
@@ -222,7 +383,9 @@ def test_programs_of_joined_processes_are_not_stored(tmp_path, join):
         assert "JAX_ENABLE_COMPILATION_CACHE=false" in ran.stderr
 
 
-def watch(tmp_path, program: str, count: int = 2, **policy) -> int:
+def watch(
+    tmp_path, program: str, count: int = 2, together=True, fatal=(), **policy
+) -> int | list[int]:
     """Supervise a program that may ``beat`` and knows its number and its attempt."""
     start = (
         "import os, signal, sys, time\n"
@@ -235,14 +398,19 @@ def watch(tmp_path, program: str, count: int = 2, **policy) -> int:
         "count.write_text('x' * (attempt + 1))\n"
         "Path(str(count) + '.pid').write_text(str(os.getpid()))\n"
     )
-    return supervise.supervise(
-        [sys.executable, "-c", start + program],
+    own = supervise.Program([sys.executable, "-c", start + program])
+    size = count if together else 1
+    statuses = supervise.supervise(
+        [lambda attempt: [own] * size] * (count // size),
         count,
         tmp_path,
+        name="launch",
         labels=["first", "second"],
         workers=2 * count,
         policy=supervise.Policy(**{"backoff": 0.01} | policy),
+        fatal=fatal,
     )
+    return statuses[0] if together else statuses
 
 
 def attempts(tmp_path) -> int:
@@ -251,6 +419,12 @@ def attempts(tmp_path) -> int:
 
 def test_all_finish(tmp_path):
     assert watch(tmp_path, "beat('step', 'first', 1)") == 0
+
+
+def test_the_last_words_of_the_first_process_are_passed_on(tmp_path, capfd):
+    program = "print('bagua-jax: warning: me', me, file=sys.stderr, flush=True)"
+    assert watch(tmp_path, program) == 0
+    assert capfd.readouterr().err.count("bagua-jax: warning: me 0") == 1
 
 
 def test_the_exit_status_is_that_of_the_first_failure(tmp_path, capfd):
@@ -281,6 +455,55 @@ def test_restarts_are_bounded(tmp_path, capfd):
     assert watch(tmp_path, program, 1, restarts=2) == 3
     assert "gives up after 2 restarts" in capfd.readouterr().err
     assert attempts(tmp_path) == 3
+
+
+def test_one_that_dies_in_its_first_start_is_started_again(tmp_path, capfd):
+    # The other may be stopped before it has counted its attempt.
+    program = "sys.exit(0 if me or attempt else 3)"
+    assert watch(tmp_path, program, restarts=1) == 0
+    assert "exit status 3 at starting" in capfd.readouterr().err
+    assert watch(tmp_path, "sys.exit(3)", restarts=9) == 3  # attempts count on
+    assert "no step was gained" in capfd.readouterr().err
+
+
+# --- teams of one ---
+
+
+ALONE = "other = count.with_name(f'attempts{1 - me}')\n"
+
+
+def test_one_that_dies_alone_is_started_again_alone(tmp_path, capfd):
+    program = ALONE + (
+        "beat('step', 'first', 5 * attempt + 5)\n"
+        "if me and not attempt: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "while not other.exists() or len(other.read_text()) < 2 - me: time.sleep(0.01)"
+    )
+    assert watch(tmp_path, program, together=False, restarts=1) == [0, 0]
+    said = capfd.readouterr().err
+    assert "process 1 (worker" in said and "the others go on" in said
+    assert attempts(tmp_path) == 1
+    assert (tmp_path / "attempts1").read_text() == "xx"
+
+
+def test_one_that_is_given_up_leaves_the_others(tmp_path):
+    program = "sys.exit(5) if me else beat('step', 'first', 1)"
+    assert watch(tmp_path, program, together=False) == [0, 5]
+
+
+def test_a_status_may_end_all(tmp_path):
+    program = "sys.exit(4) if me else time.sleep(600)"
+    assert watch(tmp_path, program, together=False, fatal=(4,)) == [4, 4]
+
+
+def test_one_that_waits_for_others_does_not_hang(tmp_path):
+    program = ALONE + (
+        "beat('waiting' if me else 'step', 'first', 1)\n"
+        "for k in range(20 * (1 - me)): time.sleep(0.1); beat('step', 'first', k)\n"
+        "while me and not other.with_suffix('.end').exists(): time.sleep(0.01)\n"
+        "count.with_suffix('.end').touch()"
+    )
+    found = watch(tmp_path, program, together=False, start_within=1.5, stuck_after=9.0)
+    assert found == [0, 0]
 
 
 def test_without_a_step_gained_it_gives_up(tmp_path, capfd):
@@ -334,7 +557,7 @@ def is_alive(pid: int) -> bool:
 
 
 def clean_environment() -> dict[str, str]:
-    """Give the environment without what launchers leave in it."""
+    """Return the environment without what launchers leave in it."""
     ours = ("SLURM_", "MPI_", "OMPI_", "PMI_", "BAGUA_JAX_", "JAX_COORDINATOR")
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)}
 
@@ -343,16 +566,39 @@ def require_equal_to_devices(lab, output: str) -> None:
     """Compare a run of gossip, on two workers, with that on two host devices."""
     label = "low_precision_decentralized"
     assert lab.run(output="one", algorithms=[label], workers=2, steps=4)[0] == 0
-    assert lab.metrics(label, output) == lab.metrics(label, "one")
+    assert lab.lines(label, output) == lab.lines(label, "one")
     assert lab.state(label, output) == lab.state(label, "one")
 
 
 def command(lab, output: str) -> list[str]:
-    """Give the command that every process runs, by whatever launcher."""
+    """Return the command that every process runs, by whatever launcher."""
     changes = {"algorithms": ["low_precision_decentralized"], "workers": 2, "steps": 4}
     changes |= {"output": str(lab.root / output), "where": "processes"}
     program = [sys.executable, "-m", "bagua_jax.experiments", "run"]
     return [*program, lab.config(**changes)]
+
+
+def test_processes_of_two_configs_do_not_start(lab):
+    job = {
+        "SLURM_JOB_ID": str(os.getpid() + 1),
+        "SLURM_STEP_NODELIST": processes.socket.gethostname(),
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+    }
+    words, tasks = command(lab, "slurm"), []
+    for task, seed in enumerate(("0", "7")):
+        env = clean_environment() | job | {"SLURM_PROCID": str(task)}
+        tasks.append(
+            subprocess.Popen(
+                [*words, "--seed", seed], env=env, stderr=subprocess.PIPE, text=True
+            )
+        )
+    said = [task.communicate(timeout=300)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [2, 2], said
+    for text in said:
+        assert "config.seed is 7 in process 1 and 0 in process 0" in text
+        assert text.count("Traceback") == 0
+    assert not (lab.root / "slurm").exists()
 
 
 def test_slurm(lab):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bagua_jax import Workers, primitives, schedules, worker_local
 from bagua_jax.experiments import report
+from bagua_jax.experiments.comparison import Result
 from bagua_jax.experiments.progress import progress
 from bagua_jax.experiments.train import wire_facts
 
@@ -63,7 +64,8 @@ def test_the_table_is_whole_on_narrow_and_wide_terminals(width):
         summary("low_precision_decentralized", 0.912),
         summary("decentralized", 0.934, **spread, wire=None),
     ]
-    console.print(report._table([(None, row) for row in rows], console.width))
+    results = [Result(None, row) for row in rows]
+    console.print(report._table(results, console.width))
     text = console.file.getvalue()
     words = ["low_precision_decentralized", "91.2%", "1.23 kB", "0.25", "12.3", "not"]
     if width == 120:

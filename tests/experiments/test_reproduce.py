@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from bagua_jax import buckets, network, wire
-from bagua_jax.algorithms import REGISTRY
 from bagua_jax.experiments import survey
 from bagua_jax.experiments.models import WORKLOADS, parameters
 from bagua_jax.experiments.reproduce import compare, counts, model, page, tables
@@ -366,14 +365,10 @@ def test_figures_are_drawn(tmp_path):
 # --- what if --------------------------------------------------------------------------
 
 
-def test_every_algorithm_has_a_family():
-    assert set(what_if_.FAMILIES) == set(REGISTRY)
-
-
 def test_families_say_how_often_is_communicated(numbers):
     for row in survey.SURVEY:
         messages = numbers["library"][survey.label(row)]["messages"]
-        rarely = what_if_.FAMILIES[row.algorithm] == "rarely"
+        rarely = row.entry.family == "local steps"
         assert (messages < 1) == rarely, survey.label(row)
 
 

@@ -1,7 +1,11 @@
-"""What a worker that waits for nobody saves: whole or not at all, and refused else."""
+"""Checkpoints of asynchronous workers: whole or not at all, and refused else."""
 
+import builtins
 import errno
 import os
+import random
+import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +37,36 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, dtype):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_a_run_goes_on_if_all_have_saved(tmp_path):
-    saves.save(tmp_path, 0, state(), 10)
-    assert saves.steps_of(tmp_path, 2) is None
-    saves.save(tmp_path, 1, state(), 15)
-    assert saves.steps_of(tmp_path, 2) == [10, 15]
+def test_a_save_says_whose_it_is(tmp_path):
+    marks = {"steps-1.jsonl": (3, "abc")}
+    saves.save(tmp_path, 1, state(), 10, run="a", marks=marks)
+    about = saves.about(tmp_path, 1, run="a")
+    assert about == ("a", 1, 10, {"steps-1.jsonl": [3, "abc"]})
+    assert saves.about(tmp_path, 2, run="a") is None
     with pytest.raises(RunError, match="worker 2 has saved nothing"):
-        saves.load(tmp_path, 2, state())
+        saves.load(tmp_path, 2, state(), run="a")
+    with pytest.raises(RunError, match="worker 1 of run 'a'; this is worker 1 of run"):
+        saves.load(tmp_path, 1, state(), run="b")
+    (tmp_path / "saved-1.npz").rename(tmp_path / "saved-2.npz")
+    with pytest.raises(RunError, match="is of worker 1 of run 'a'; this is worker 2"):
+        saves.about(tmp_path, 2, run="a")
+
+
+def test_every_damage_is_refused_and_nothing_else_is_raised(tmp_path):
+    """A flipped bit in a zip's directory used to be a KeyError or worse."""
+    saves.save(tmp_path, 0, state(), 10)
+    path = tmp_path / "saved-0.npz"
+    whole, draw = path.read_bytes(), random.Random(0)
+    for at in range(0, len(whole), 2):
+        harmed = bytearray(whole)
+        harmed[at] ^= 1 << draw.randrange(8)
+        for data in (harmed, whole[:at], whole[:at] + whole[at + 4 :], whole + b"\0"):
+            path.write_bytes(data)
+            with pytest.raises(RunError, match=r"saved-0\.npz cannot be read"):
+                saves.load(tmp_path, 0, state())
+    path.write_bytes(whole)
+    with np.load(path) as file:  # NumPy reads it, too
+        assert "about" in file.files
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered", "empty"])
@@ -53,7 +80,7 @@ def test_what_was_harmed_is_refused_by_name(tmp_path, harm):
     path.write_bytes(data[: {"truncated": len(data) // 2, "empty": 0}.get(harm)])
     for read in (
         lambda: saves.load(tmp_path, 0, state()),
-        lambda: saves.steps_of(tmp_path, 1),
+        lambda: saves.about(tmp_path, 0),
     ):
         with pytest.raises(RunError, match=r"saved-0\.npz cannot be read.*--overwrite"):
             read()
@@ -85,3 +112,46 @@ def test_where_there_is_no_room_the_last_one_stays(tmp_path, monkeypatch, at):
             saves.save(tmp_path, 0, state(2), 20)
     assert [path.name for path in tmp_path.iterdir()] == ["saved-0.npz"]
     assert saves.load(tmp_path, 0, state())[1] == 10
+
+
+@pytest.fixture
+def no_descriptor():
+    """Take every file descriptor of the process; calling it gives one back."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 50, limits[1]))
+    taken = []
+    try:
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        assert error.errno == errno.EMFILE
+    yield lambda: os.close(taken.pop())
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for descriptor in taken:
+        os.close(descriptor)
+
+
+def test_a_save_waits_for_a_descriptor(tmp_path, no_descriptor, monkeypatch):
+    tried = []
+
+    def counted(*arguments):
+        tried.append(arguments)
+        return builtins.open(*arguments)
+
+    monkeypatch.setattr(saves, "open", counted, raising=False)
+    saving = threading.Thread(target=saves.save, args=(tmp_path, 0, state(), 10))
+    saving.start()
+    while len(tried) < 3:
+        assert saving.is_alive()
+        saving.join(0.01)
+    no_descriptor()
+    saving.join(60)
+    assert saves.load(tmp_path, 0, state())[1] == 10
+
+
+def test_a_save_does_not_wait_forever(tmp_path, no_descriptor, monkeypatch):
+    monkeypatch.setattr(saves, "PATIENCE_S", 0.2)
+    with pytest.raises(RunError, match=r"cannot be saved .*: Too many open files"):
+        saves.save(tmp_path, 0, state(), 10)
+    no_descriptor()

@@ -102,7 +102,7 @@ def test_commands_of_the_page_are_understood():
     lines = re.findall(r"^\$ bagua-jax (wire .*)$", page.read_text(), re.MULTILINE)
     assert len(lines) >= 3
     for line in lines:
-        assert isinstance(cli._parse(line.split()), Wire)
+        assert isinstance(cli.parse(line.split()), Wire)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_commands_of_the_page_are_understood():
     [
         (["--target", "h100"], ["target: is cpu or a cluster", "16x8:h100"]),
         (["--nodes", "3"], ["nodes: must divide the 4 workers", "3"]),
-        (["--nodes", "-2"], ["nodes: must divide", "-2"]),
+        (["--nodes", "-2"], ["nodes: must be from 0", "-2"]),
         (["--hierarchy"], ["hierarchy: needs --nodes"]),
         (["--hierarchy", "--nodes", "4"], ["hierarchy", "4 nodes for 4 workers"]),
         (["--target", "2x4:h100", "--nodes", "2"], ["nodes: 2x4:h100 has nodes"]),

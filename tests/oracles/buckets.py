@@ -35,7 +35,7 @@ def split(leaves, bucket_bytes):
 
 
 def indices(sizes, bucket_bytes):
-    """Give for each bucket the positions of its entries in the flat vector `[d]`.
+    """Return for each bucket the positions of its entries in the flat vector `[d]`.
 
     Args:
         sizes: number of entries of each float32 leaf, in flatten order.

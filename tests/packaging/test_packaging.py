@@ -4,6 +4,7 @@ Everything is built from a copy of the sources, without leftovers of earlier bui
 without the network: build tools and dependencies are those of this environment.
 """
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -14,9 +15,15 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import bagua_jax
+from bagua_jax import extras
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("bagua_jax", "algorithms", "experiments")
@@ -24,13 +31,15 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 SHIPPED = (".py", ".yaml", ".json", ".mplstyle", ".typed")
 
 
+ENV = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+
+
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command without this process's import path; show its output if it fails."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     ran = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=env,
+        env=ENV,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -47,11 +56,31 @@ def build(what: str, source: Path, target: Path) -> Path:
     return built
 
 
-def make_environment(folder: Path) -> Path:
+def needed(requirements: Iterable[str]) -> set[str]:
+    """Names of the distributions that requirements bring, with theirs in turn."""
+    found: set[tuple[str, str]] = set()  # name and extra
+    todo = [(Requirement(text), "") for text in requirements]
+    while todo:
+        requirement, extra = todo.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for own in ("", *requirement.extras):
+            if (requirement.name, own) not in found:
+                found.add((requirement.name, own))
+                theirs = importlib.metadata.requires(requirement.name) or []
+                todo += [(Requirement(text), own) for text in theirs]
+    return {name for name, _ in found}
+
+
+def make_environment(folder: Path, only: Iterable[str] | None = None) -> Path:
     """Make an environment that has this one's packages but not its bagua_jax.
 
     A path listed in a ``.pth`` file is searched, but ``.pth`` files found there are not
     read, so that an editable bagua_jax does not come along.
+
+    Args:
+        folder: where.
+        only: requirements; the packages that they bring, and no others, are linked.
 
     Returns:
         Its ``python``.
@@ -59,7 +88,15 @@ def make_environment(folder: Path) -> Path:
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     paths = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", scheme="venv", vars=paths))
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    if only is None:
+        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    else:
+        for name in needed(only):
+            distribution = importlib.metadata.distribution(name)
+            firsts = {file.parts[0] for file in distribution.files or ()}
+            for first in firsts - {"..", "__pycache__"}:
+                if not (site / first).exists():
+                    (site / first).symlink_to(str(distribution.locate_file(first)))
     return Path(sysconfig.get_path("scripts", scheme="venv", vars=paths)) / "python"
 
 
@@ -108,7 +145,7 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel_names(wheel: Path) -> list[str]:
-    """Give the names in a wheel, without its metadata."""
+    """Return the names in a wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return [n for n in archive.namelist() if ".dist-info/" not in n]
 
@@ -172,6 +209,80 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path):
     assert run(command, "list", cwd=elsewhere) == as_module
 
 
+# --- the core, and what extras bring ---
+
+
+def project() -> dict:
+    """The project table of pyproject.toml."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["project"]
+
+
+def refusal(*command: str | Path, cwd: Path) -> str:
+    """Run a command that lacks an extra; return what it says."""
+    ran = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
+    assert ran.returncode == 2 and not ran.stdout, ran
+    return ran.stderr
+
+
+IN_THE_CORE = """
+import importlib, importlib.util, pkgutil, sys, bagua_jax
+for module in sys.argv[1:]:
+    assert not importlib.util.find_spec(module), module
+for module in pkgutil.walk_packages(bagua_jax.__path__, "bagua_jax."):
+    if not module.name.startswith(("bagua_jax.experiments", "bagua_jax.testing")):
+        importlib.import_module(module.name)
+"""
+
+
+def test_the_core_alone_runs_the_first_example(wheel: Path, tmp_path: Path):
+    """With jax, optax, numpy and what these need; the command says what it needs."""
+    python = make_environment(tmp_path / "env", only=project()["dependencies"])
+    install(python, wheel, cwd=tmp_path)
+    absent = {m for modules in extras.EXTRAS.values() for m in modules} - {"scipy"}
+    run(python, "-c", IN_THE_CORE, *absent, cwd=tmp_path)  # jax brings scipy
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", readme, re.DOTALL)[:2]
+    (tmp_path / "first.py").write_text(code)
+    said = run(python, "-W", "error", "first.py", cwd=tmp_path)
+    assert said.splitlines()[1:] == printed.splitlines()[1:]  # all but the loss
+    command = python.with_name("bagua-jax")
+    version = run(command, "--version", cwd=tmp_path)
+    assert version == f"bagua-jax {bagua_jax.__version__}\n"
+    refused = refusal(command, "list", cwd=tmp_path)
+    assert "pip install 'bagua-jax[experiments]'" in refused
+    assert refused.count("\n") == 1
+
+
+def test_the_experiments_extra_brings_the_command_line(wheel: Path, tmp_path: Path):
+    own = project()
+    only = own["dependencies"] + own["optional-dependencies"]["experiments"]
+    python = make_environment(tmp_path / "env", only=only)
+    install(python, wheel, cwd=tmp_path)
+    command = python.with_name("bagua-jax")
+    one = ("--algorithms", "bytegrad", "--steps", "20", "--output", "runs")
+    assert "bytegrad" in run(command, "run", "quadratic", *one, cwd=tmp_path)
+    refused = refusal(
+        command, "async", "quadratic", "--exchange", "pairs", cwd=tmp_path
+    )
+    assert "PairGossip needs zmq, which is not installed" in refused
+    assert "pip install 'bagua-jax[async]'" in refused
+
+
+def test_messages_name_the_extra_that_brings_a_module():
+    """Every package of an extra has its modules in extras.EXTRAS, and no other has."""
+    optional, known = project()["optional-dependencies"], {}
+    for module, names in importlib.metadata.packages_distributions().items():
+        for name in map(canonicalize_name, names):
+            known.setdefault(name, set()).add(module)
+    for extra, modules in extras.EXTRAS.items():
+        names = {canonicalize_name(Requirement(x).name) for x in optional[extra]}
+        brought = {name: known.get(name, {name}) for name in names - {"jax"}}
+        assert set().union(*brought.values()) >= set(modules), extra
+        unnamed = [name for name, own in brought.items() if not own & {*modules}]
+        assert not unnamed, f"{extra} brings {unnamed}, which extras.EXTRAS misses"
+
+
 # --- the sdist ---
 
 
@@ -229,4 +340,4 @@ def test_links_are_relative_and_point_at_the_top_level():
 def test_the_command_of_the_readme_is_declared():
     with open(ROOT / "pyproject.toml", "rb") as file:
         scripts = tomllib.load(file)["project"]["scripts"]
-    assert scripts == {"bagua-jax": "bagua_jax.experiments.cli:main"}
+    assert scripts == {"bagua-jax": "bagua_jax.experiments.__main__:main"}

@@ -1,4 +1,4 @@
-"""Programs for clusters that are not here: lowered, kept, and their schedules read."""
+"""Programs compiled ahead of time: lowered, kept, and their schedules read."""
 
 import gzip
 import json

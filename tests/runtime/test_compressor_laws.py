@@ -232,6 +232,30 @@ def test_every_factory_but_cast_has_defaults():
         assert REGISTRY[name]().facts.name.startswith(name)
 
 
+MULTIPLIES = ("hadamard", "powersgd", "dct_topk")  # matrices, in an order of its own
+
+
+@every_row
+def test_simulation_and_devices_have_the_same_bits(name):
+    """XLA multiplies by the reciprocal of what it knows to be one number."""
+    c, x = ALL[name], jax.random.normal(KEY, (2, 5000))
+
+    def there_and_back(x):
+        payload, _ = c.compress(KEY, x, c.init(x))
+        decoded = c.decompress(payload, x)
+        return primitives.worker_local((payload, decoded, x - decoded), AXIS)
+
+    found = []
+    for workers in (Workers.simulate(2), Workers.devices(2)):
+        run = workers.spmd(there_and_back, in_specs=workers.spec)
+        found.append(jax.block_until_ready(run(x)))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        if ROWS[name].factory in MULTIPLIES:
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
 @every_row
 def test_facts_are_complete(name):
     facts = ALL[name].facts

@@ -55,13 +55,18 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def relative_error(row):
-    """The measured |C(x) - x|^2 / |x|^2 of vectors [k, d], in float64."""
+def relative_error(row, rounded=0.0):
+    """The measured |C(x) - x|^2 / |x|^2 of vectors [k, d], in float64.
+
+    Without what rounding a decoded element explains, ``rounded`` of its last place.
+    """
     decode = jax.jit(jax.vmap(lambda x: there_and_back(row, x)[1]))
 
     def measure(x):
-        wide = np.asarray(x, np.float64)
-        error = np.asarray(decode(x), np.float64) - wide
+        wide, decoded = np.asarray(x, np.float64), np.asarray(decode(x))
+        error = np.abs(decoded.astype(np.float64) - wide)
+        if rounded:
+            error = np.maximum(error - rounded * np.spacing(np.abs(decoded)), 0)
         return (error**2).sum(-1) / (wide**2).sum(-1)
 
     return measure
@@ -174,7 +179,9 @@ def test_contraction_on_random_inputs(row, d):
     # the stated range: cast needs normal numbers, minmax a range well above 1e-7
     x = np.where(np.abs(x) < 0.02, 0, x).astype(np.float32)
     x[:, 0] += (np.abs(x).max(-1) == 0) * np.float32(1)
-    measured = relative_error(row)(jnp.asarray(x))
+    # minmax decodes to a quotient, rounded once; at 1/255 of the element that is more
+    # than SLACK.
+    measured = relative_error(row, 0.5 * (row == "minmax_uint8"))(jnp.asarray(x))
     assert measured.max() <= bound(row, d) * SLACK
     if row == "identity":
         assert measured.max() == 0

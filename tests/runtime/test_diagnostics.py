@@ -4,17 +4,21 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bagua_jax
 from bagua_jax import compressors
+from bagua_jax.algorithms import bytegrad
 from bagua_jax.diagnostics import (
     averaged_params,
     compression_error,
     consensus_distance_sq,
+    differing_replicas,
     replica_checksum,
 )
 
@@ -243,6 +247,27 @@ def test_checksum_of_every_dtype(dtype):
 def test_checksum_of_complex_numbers():
     a = np.array([1 + 2j, 3 - 1j], np.complex64)
     assert int(checksum(a)) != int(checksum(a.conj()))
+
+
+def test_replicas_that_say_they_are_equal_are_found(devices):
+    """Error feedback leaves an untyped shard_map as if it were equal on all workers."""
+    tx = optax.chain(bytegrad(axis_name="w", error_feedback="both"), optax.sgd(0.1))
+    mesh = jax.make_mesh((4,), ("w",), axis_types=(AxisType.Auto,))
+
+    def step(params, state, x):
+        updates, state = tx.update({"p": x[0] * params["p"]}, state, params)
+        return optax.apply_updates(params, updates), state, jax.random.key(0)
+
+    params = {"p": jnp.linspace(-1, 1, 5000)}
+    state, x = tx.init(params), jnp.arange(4.0)
+    specs = {"mesh": mesh, "in_specs": (P(), P(), P("w"))}
+    untyped = jax.shard_map(step, out_specs=P(), check_vma=False, **specs)
+    out = jax.block_until_ready(jax.jit(untyped)(params, state, x))
+    names = differing_replicas(out)
+    assert names and all(".error" in name for name in names), names
+    assert differing_replicas(jax.device_put(x, NamedSharding(mesh, P("w")))) == ()
+    with pytest.raises(ValueError, match="out_specs"):  # the types know it
+        jax.jit(jax.shard_map(step, out_specs=P(), **specs)).lower(params, state, x)
 
 
 @pytest.mark.parametrize("place", MAKE)

@@ -144,6 +144,24 @@ def test_numbers_are_those_of_the_default_form(place, shape, name, lag):
             assert_equal(state.error.owner, owner[part_name])
 
 
+@pytest.mark.parametrize("place", ["simulate", "devices"])
+def test_a_loss_that_is_averaged_inside_has_the_same_gradients(place):
+    workers = getattr(Workers, place)(4)
+    exchange = EXCHANGES["exact"]("workers", PART_BYTES)
+
+    def averaged(params, state, batch):
+        chain = overlap.Chain(exchange, params, state, axis_name="workers")
+        loss = model(chain.__getitem__, chain, batch)
+        return chain.finish(jax.lax.pmean(loss, "workers"))
+
+    batch = batches(4)
+    init = lambda start: overlap.init(exchange, start)  # noqa: E731
+    found = train(workers, init, jax.grad(averaged, argnums=(0, 1)), batch)
+    expected = train(workers, *at_end(exchange, "workers"), batch)
+    for ours, plain in zip(*map(jax.tree.leaves, (found[0], expected[0])), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
+
+
 def test_state_of_whole_numbers_and_keys_is_carried():
     """Steps are counted, each part draws with a key of its own, as init says."""
     workers = Workers.simulate(4)

@@ -24,7 +24,7 @@ CASES = {  # algorithm, options, whether XLA contracts alike on both sides
 
 
 def prepare(name):
-    """Give the workers, the first state, the step and its specs."""
+    """Return the workers, the first state, the step and its specs."""
     algorithm, options, _ = CASES[name]
     workers, entry = Workers.devices(N), REGISTRY[algorithm]
     tx = entry.factory(axis_name="workers", **options)
@@ -196,7 +196,7 @@ def test_a_vector_is_packed_and_filled_up_by_one_program():
     pack, encode = many[first - 2 : first]
     assert [a.shape for a in encode.arguments] == [(N * 12,)]  # 11, filled up to 12
     assert has(pack, "concatenate") and has(pack, "_pad")
-    assert has(encode, "reduce_min") and not has(encode, "_pad")
+    assert has(encode, "reduce[") and not has(encode, "_pad")
 
 
 def has(part, name):

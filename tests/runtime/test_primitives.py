@@ -1146,7 +1146,7 @@ def test_summed_gradients_are_refused(n):
     text = str(error.value)
     assert text.startswith("some_transform: the gradients are already summed over ")
     assert "['w']" in text
-    assert f"bagua_jax.worker_local(params, {workers.axis_name!r})" in text
+    assert f"bagua_jax.value_and_grad(loss_fn, {workers.axis_name!r})" in text
 
 
 def test_local_gradients_are_not_refused():

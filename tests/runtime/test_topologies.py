@@ -305,10 +305,17 @@ def test_hopeless_names_list_the_known_ones():
         topologies.resolve("#", 4, "some_caller")
 
 
-@pytest.mark.parametrize("what", [None, 3, ["ring"], {"ring": 1}, jnp.ones((2, 2))])
+@pytest.mark.parametrize("what", [None, 3, ["ring"], {"ring": 1}])
 def test_what_is_no_topology_is_refused(what):
     with pytest.raises(ValueError, match="must be a Topology or one of ring, complete"):
         topologies.require_known(what, "some_caller")
+
+
+def test_a_matrix_is_told_its_function():
+    words = r"^some_caller: topology must be a Topology or a name, .*from_matrix\(W\)"
+    for matrix in (jnp.ones((2, 2)), np.ones((2, 2))):
+        with pytest.raises(ValueError, match=words):
+            topologies.require_known(matrix, "some_caller")
 
 
 def test_resolve():

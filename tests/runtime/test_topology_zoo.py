@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import networkx as nx
 import numpy as np
 import pytest
+import scipy.sparse
 from jax.sharding import PartitionSpec as P
 
 from bagua_jax import Workers, primitives, topologies, wire
+from bagua_jax.algorithms import decentralized
 from bagua_jax.topologies import MixingStep, Send, Topology
 
 MOST = 17  # workers
@@ -531,6 +534,43 @@ def test_d_fp_s_is_the_matrix(row):
         np.testing.assert_allclose(mixed(x, step), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["double", "row", "column"])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 33])
+def test_float32_weights_are_made_exact(n, kind):
+    """Sums of a matrix in float32 are off by rounding; the graph is the same one."""
+    exact = permutations_mixed(n) if kind == "double" else pushes(n)
+    exact = exact.T if kind == "row" else exact
+    narrow = np.asarray(exact, np.float32)
+    topology = topologies.from_matrix(jnp.asarray(narrow), stochastic=kind)
+    w = topology.mixing_matrix()
+    assert topology.column_stochastic or kind == "row"
+    assert topology.row_stochastic or kind == "column"
+    np.testing.assert_array_equal(w == 0, exact == 0)
+    np.testing.assert_allclose(w, exact, atol=2e-7 * n)
+    ring = topologies.ring(max(n, 3)).mixing_matrix()
+    assert topologies.from_matrix(ring.astype(np.float32)).symmetric
+    with pytest.raises(ValueError, match="must sum to 1 within .*Normalize"):
+        topologies.from_matrix(narrow * np.float32(1.001), stochastic=kind)
+
+
+def test_graphs_and_matrices_of_networkx():
+    graph = nx.petersen_graph()
+    weights = topologies.from_networkx(graph)
+    sparse = scipy.sparse.csr_array(weights.mixing_matrix())
+    np.testing.assert_array_equal(
+        topologies.from_matrix(sparse).mixing_matrix(), weights.mixing_matrix()
+    )
+    adjacency = nx.to_numpy_array(graph)
+    for given in (adjacency, nx.adjacency_matrix(graph)):
+        with pytest.raises(ValueError, match=r"adjacency matrix.*from_networkx"):
+            topologies.from_matrix(given)
+    with pytest.raises(ValueError, match=r"from_matrix: W must be a matrix.*networkx"):
+        topologies.from_matrix(graph)
+    for given, cure in ((graph, "from_networkx"), (adjacency, "from_matrix")):
+        with pytest.raises(ValueError, match=f"^decentralized: .*{cure}"):
+            decentralized(axis_name="workers", topology=given)
+
+
 @pytest.mark.parametrize("name", ["path", "star", "torus", "base_k", "from_matrix"])
 def test_compiled_bytes_are_the_messages(name, devices):
     """On devices, who stays out of a permutation sends nothing."""
@@ -826,7 +866,7 @@ UNEVEN = np.array([[0.5, 0.5, 0], [0.25, 0.5, 0.25], [0, 0.5, 0.5]])
         (UNEVEN, {"stochastic": "column"}, "every column must"),
         (UNEVEN.T, {"stochastic": "row"}, "every row must"),
         ([W, W, UNEVEN.T], {}, "row 1 of step 2"),
-        (W.astype(np.float32), {}, "sum to 1 within 1e-12.*Normalize in float64"),
+        (W.astype(np.float16), {}, "sum to 1 within 1e-12.*Normalize in float64"),
         (np.eye(3) * 1.5 - W / 2, {}, r"numbers >= 0, and W\[0, 1\] of step 0 is -0.1"),
         (W * np.nan, {}, "numbers >= 0, and .* nan"),
         (W * np.inf, {}, "sums to inf"),
@@ -995,3 +1035,59 @@ def test_negative_weights_are_not_stochastic():
     topology = Topology("signed", 2, (MixingStep((1.5, 1.5), (swap,)),))
     assert topology.symmetric and not topology.doubly_stochastic
     assert not topology.row_stochastic and not topology.column_stochastic
+
+
+# --- large graphs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "messages"),
+    [
+        (lambda: topologies.complete(1_025), "1,049,600"),
+        (lambda: topologies.shift_one(1_450), "1,051,250"),
+        (lambda: topologies.random_matching(4_096, 1_000), "4,096,000"),
+        (lambda: topologies.base_k(4_096, 4_095), "16,773,120"),
+        (lambda: topologies.erdos_renyi(1_100, 0.99), "1,19"),
+        (lambda: topologies.from_matrix(np.full((1_100,) * 2, 1 / 1_100)), "1,208,900"),
+    ],
+)
+def test_more_messages_than_can_be_listed_are_refused(make, messages):
+    with pytest.raises(ValueError, match=f"at most 1,048,576 messages.*has {messages}"):
+        make()
+
+
+@pytest.mark.parametrize("name", ["path", "star", "binary_tree", "erdos_renyi"])
+def test_metropolis_weights_of_thousands_of_workers(name):
+    n = 2_500  # more than the rows of W that are made at a time, and no multiple
+    (step,) = topologies.REGISTRY[name](n).steps
+    w = np.diag(step.self_weights)
+    for send in step.sends:
+        for source, destination in send.pairs:
+            w[destination, source] += send.weights[destination]
+    linked = w * ~np.eye(n, dtype=bool) > 0
+    degrees = linked.sum(0)
+    expected = linked / (1 + np.maximum.outer(degrees, degrees))
+    np.testing.assert_array_equal(w * ~np.eye(n, dtype=bool), expected)
+    np.testing.assert_allclose(w.sum(0), 1, atol=1e-12)
+    assert nx.is_connected(nx.from_numpy_array(linked))
+    assert len(step.sends) == degrees.max()
+
+
+def test_base_k_of_4096_workers_is_the_hypercube():
+    steps = topologies.base_k(4_096).steps
+    for k, step in enumerate(steps):
+        assert set(step.self_weights) == {0.5}
+        (send,) = step.sends
+        assert set(send.weights) == {0.5}
+        assert set(send.pairs) == {(i, i ^ 2**k) for i in range(4_096)}
+    assert len(steps) == 12
+
+
+def test_a_graph_that_is_nearly_symmetric_is_not():
+    w = np.array([[0.5, 0.5, 0], [0, 0.5, 0.5], [0.5, 0, 0.5]])
+    assert not topologies.from_matrix(w).symmetric
+    tilted = np.full((3, 3), 1 / 3) + 1e-9 * np.array(
+        [[0, 1, -1], [-1, 0, 1], [1, -1, 0]]
+    )
+    graph = topologies.from_matrix(tilted)
+    assert graph.doubly_stochastic and not graph.symmetric

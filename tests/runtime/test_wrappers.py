@@ -190,7 +190,9 @@ def test_summed_gradients_are_still_refused(k):
         grads = gradients(params, target)  # of replicated params: summed by JAX
         return tx.update(grads, tx.init(params), params)[0]
 
-    with pytest.raises(ValueError, match="already summed over 'workers'.*worker_local"):
+    with pytest.raises(
+        ValueError, match="already summed over 'workers'.*value_and_grad"
+    ):
         workers.spmd(fn, in_specs=(P(), workers.spec))(PARAMS, targets()[:, 0])
 
 
@@ -384,10 +386,6 @@ def multi_steps(inner):
     return wrapped.gradient_transformation()
 
 
-def apply_if_finite(inner):
-    return optax.apply_if_finite(bagua_jax.varying(inner, AXIS), 5)
-
-
 def conditionally(inner):
     return optax.transforms.conditionally_transform(
         bagua_jax.varying(inner, AXIS), lambda step, **_: step % 2 == 0
@@ -396,7 +394,6 @@ def conditionally(inner):
 
 WRAPPERS = {
     "MultiSteps": multi_steps,
-    "apply_if_finite": apply_if_finite,
     "conditionally_transform": conditionally,
 }
 
@@ -431,7 +428,8 @@ def test_varying_inside_optax_wrappers(wrapper, chain):
 def test_without_varying_the_wrappers_fail():
     """The reason for varying: branches of unequal types."""
     workers = Workers.devices(N)
-    tx = optax.apply_if_finite(CHAINS["allreduce sgd"](), 5)
+    always = lambda step, **_: step >= 0  # noqa: E731
+    tx = optax.transforms.conditionally_transform(CHAINS["allreduce sgd"](), always)
 
     def fn(params, target):
         params = bagua_jax.worker_local(params, AXIS)
@@ -478,3 +476,75 @@ def test_topologies_inside_accumulate_rotate_with_optimizer_steps():
     np.testing.assert_array_equal(seen[:, 3], [3.5, 0.5, 1.5, 4.5])
     np.testing.assert_array_equal(seen[:, 5], [3.5, 0.5, 1.5, 4.5])
     np.testing.assert_array_equal(seen[:, 6], [2.5] * 4)
+
+
+# --- local ----------------------------------------------------------------------------
+
+STOCK = {
+    "trace": optax.trace(0.9),
+    "lion": optax.scale_by_lion(b1=0.8, b2=0.9),
+    "ema": optax.ema(0.5),
+    "clip": optax.adaptive_grad_clip(0.1),
+    "noise": optax.add_noise(0.1, 0.5, jax.random.key(3)),
+    "injected": optax.inject_hyperparams(optax.trace)(decay=0.9),
+}
+
+
+def own_steps(tx, x, grads, axis=None):
+    """Several steps in a scan on given gradients [steps, d], and all updates."""
+    state = tx.init(x)
+
+    def step(state, g):
+        g = bagua_jax.worker_local(g, axis) if axis else g
+        updates, state = tx.update(g, state, x)
+        return state, updates
+
+    return lax.scan(step, state, grads)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_local_transforms_keep_a_state_for_each_worker(devices, n):
+    """Before an exchange, equal to stock transforms on n machines and their mean."""
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal(5000).astype(np.float32)
+    grads = rng.standard_normal((n, 3, 5000)).astype(np.float32)
+    expected = {}
+    for name, tx in STOCK.items():
+        alone = [own_steps(tx, x, g)[1] for g in grads]
+        expected[name] = np.mean(alone, axis=0)
+
+    def all_of_them(grads):
+        exchange = gradient_allreduce(axis_name=AXIS)
+        chains = {
+            k: optax.chain(bagua_jax.local(tx, AXIS), exchange)
+            for k, tx in STOCK.items()
+        }
+        return {k: own_steps(tx, x, grads, AXIS) for k, tx in chains.items()}
+
+    for make in PLACES.values():
+        workers = make(n)
+        found = workers.spmd(all_of_them, in_specs=workers.spec)(grads)
+        for name, (state, updates) in found.items():
+            np.testing.assert_allclose(updates, expected[name], atol=2e-6, err_msg=name)
+            assert all(leaf.shape[0] == n for leaf in jax.tree.leaves(state)), name
+
+
+def test_a_stock_transform_without_local_is_no_carry(devices):
+    """What the wrapper is for: JAX's own refusal."""
+    tx = optax.chain(optax.trace(0.9), gradient_allreduce(axis_name=AXIS))
+    workers = Workers.devices(2)
+    run = lambda g: own_steps(tx, jnp.zeros(3), g, AXIS)  # noqa: E731
+    with pytest.raises(TypeError, match="carry"):
+        workers.spmd(run, in_specs=workers.spec)(jnp.ones((2, 4, 3)))
+
+
+def test_local_behind_an_exchange_is_refused(devices):
+    workers = Workers.devices(2)
+    tx = optax.chain(
+        gradient_allreduce(axis_name=AXIS), bagua_jax.local(optax.trace(0.9), AXIS)
+    )
+    run = lambda g: own_steps(tx, jnp.zeros(3), g, AXIS)  # noqa: E731
+    with pytest.raises(ValueError, match="^local: .* in front of the exchange"):
+        workers.spmd(run, in_specs=workers.spec)(jnp.ones((2, 4, 3)))
+    with pytest.raises(NameError, match=r"^local: no mapped axis is named 'workers'"):
+        bagua_jax.local(optax.trace(0.9), AXIS).update(jnp.ones(3), None)

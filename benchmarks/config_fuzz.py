@@ -40,8 +40,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bagua_jax.experiments import cli, config, supervise
+from bagua_jax.experiments import cli
 from bagua_jax.experiments.commands.base import OnConfig
+from bagua_jax.experiments.runs import supervise
+from bagua_jax.experiments.spec import config
 
 RESULTS = Path(__file__).parent / "results"
 ANSWERS = (
@@ -490,8 +492,8 @@ def main() -> None:
     import jax
     from rich.console import Console
 
-    from bagua_jax.experiments import folders
-    from bagua_jax.experiments.tables import Table
+    from bagua_jax.experiments.runs import folders
+    from bagua_jax.experiments.tables.table import Table
 
     rows = tabulate(done)
     Console().print(Table(["broken", "trials", *ANSWERS], rows))

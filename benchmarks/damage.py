@@ -235,7 +235,7 @@ def prepare(case_kind: str) -> None:
     workers = KINDS[case_kind].get("workers", SMALL["workers"])
     if case_kind == "processes":
         from bagua_jax import processes
-        from bagua_jax.experiments import supervise
+        from bagua_jax.experiments.runs import supervise
 
         address = supervise.free_addresses(1)[0]
         os.environ |= {
@@ -249,16 +249,12 @@ def prepare(case_kind: str) -> None:
     if case_kind != "processes":
         jax.config.update("jax_num_cpu_devices", workers)
 
-    from bagua_jax.experiments import (
-        asynchronous,
-        catalog,
-        cli,
-        folders,
-        report,
-        train,
-    )
+    from bagua_jax.experiments import cli
     from bagua_jax.experiments.commands import asynchronous as async_command
     from bagua_jax.experiments.commands import base
+    from bagua_jax.experiments.runs import asynchronous, folders, train
+    from bagua_jax.experiments.spec import catalog
+    from bagua_jax.experiments.tables import report
 
     patched: list[tuple[Any, str, Callable]] = [
         (report, "_figures", lambda *_: []),
@@ -290,9 +286,9 @@ def kept(make: Callable, key: Callable) -> Callable:
 
 def train_here(command, run, folder: Path, console, resume: bool):
     """Stand for the supervisor of an asynchronous run: its workers, one by one."""
-    from bagua_jax.experiments import asynchronous as runs
     from bagua_jax.experiments import tasks
     from bagua_jax.experiments.commands.asynchronous import _setting
+    from bagua_jax.experiments.runs import asynchronous as runs
 
     task, setting = tasks.load(run.task), _setting(command, ("",) * run.workers)
     setting = setting._replace(pace_s=())
@@ -393,8 +389,8 @@ def plain(value: Any) -> Any:
 
 
 def outcome_of_run(folder: Path) -> Any:
-    from bagua_jax.experiments import checkpoint
-    from bagua_jax.experiments.folders import RunError
+    from bagua_jax.experiments.runs import checkpoint
+    from bagua_jax.experiments.runs.folders import RunError
 
     try:
         step, arrays = checkpoint.newest(folder / "checkpoints")
@@ -559,7 +555,7 @@ def main() -> None:
 
     import jax
 
-    from bagua_jax.experiments import folders
+    from bagua_jax.experiments.runs import folders
 
     counts = collections.Counter(
         (t["kind"], t["state"], t["file"], t["how"], t["answer"]) for t in done

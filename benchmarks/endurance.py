@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bagua_jax.experiments import folders
+from bagua_jax.experiments.runs import folders
 
 MODES = {
     "run": ["run", "--where", "devices", "--workers", "2", "--algorithms", "bytegrad"],

@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bagua_jax.experiments import folders, integrity
+from bagua_jax.experiments.runs import folders, integrity
 
 ALGORITHMS = {
     "gradient_allreduce": {},
@@ -451,7 +451,7 @@ def cut_a_connection(rng: random.Random) -> bool:
 
 def differences(ours: Path, theirs: Path) -> list[str]:
     """Name what differs between two runs: metrics, arrays of the last checkpoint."""
-    from bagua_jax.experiments import checkpoint
+    from bagua_jax.experiments.runs import checkpoint
 
     found = []
     (a,), (b,) = (list(p.glob("*/*/metrics.jsonl")) for p in (ours, theirs))

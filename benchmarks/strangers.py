@@ -57,7 +57,13 @@ def work(worker: int, addresses: list[str], files: int) -> NoReturn:
     import jax.numpy as jnp
 
     from bagua_jax.asynchrony import PairGossip, Replica
-    from bagua_jax.experiments import saves
+
+    try:
+        from bagua_jax.experiments.runs.worker_checkpoint import save
+    except ModuleNotFoundError:  # where the other commit had it
+        from bagua_jax.experiments.saves import (  # pyright: ignore[reportMissingImports]
+            save,
+        )
 
     replica = Replica(jnp.full(SIZE, float(worker)))
     gossip = PairGossip(replica, worker=worker, addresses=addresses, secret=SECRET)
@@ -68,7 +74,7 @@ def work(worker: int, addresses: list[str], files: int) -> NoReturn:
             while time.monotonic() < until:
                 replica.step(lambda x: (x, time.sleep(0.005)))
             try:
-                saves.save(Path(folder), worker, {"x": replica.params}, replica.steps)
+                save(Path(folder), worker, {"x": replica.params}, replica.steps)
                 saved += 1
             except Exception as error:
                 print(error, file=sys.stderr)

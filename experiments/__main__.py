@@ -7,7 +7,7 @@ import sys
 
 import bagua_jax
 from bagua_jax import extras
-from bagua_jax.experiments import terminal
+from bagua_jax.experiments.commands import terminal
 
 __all__ = ["main"]
 

@@ -18,8 +18,6 @@ from typing import Annotated, Any
 import tyro
 
 from bagua_jax import extras
-from bagua_jax.experiments import claims, supervise
-from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.commands import (
     asynchronous,
     launch,
@@ -31,10 +29,13 @@ from bagua_jax.experiments.commands import (
 )
 from bagua_jax.experiments.commands import list as list_
 from bagua_jax.experiments.commands.base import FAILED, USAGE, OnConfig, complain
-from bagua_jax.experiments.config import ConfigError
-from bagua_jax.experiments.folders import RunError
-from bagua_jax.experiments.messages import quote, shorten
-from bagua_jax.experiments.terminal import degrade
+from bagua_jax.experiments.commands.terminal import degrade
+from bagua_jax.experiments.runs import supervise
+from bagua_jax.experiments.runs.folders import RunError
+from bagua_jax.experiments.spec import claims
+from bagua_jax.experiments.spec import config as configs
+from bagua_jax.experiments.spec.config import ConfigError
+from bagua_jax.experiments.spec.messages import quote, shorten
 
 __all__ = ["COMMANDS", "main", "parse"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bagua_jax.experiments.integrity import Journal
+from bagua_jax.experiments.runs.integrity import Journal
 
 
 @pytest.fixture

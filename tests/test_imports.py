@@ -144,6 +144,62 @@ def test_runtime_modules_import_each_other_without_a_cycle():
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+# Rooms of experiments by floor; a room's imports point to lower ones.
+FLOORS = (
+    ("__main__",),
+    ("cli",),
+    ("commands",),
+    ("studies",),
+    ("tables",),
+    ("runs",),
+    ("tasks",),
+    ("spec",),
+)
+
+
+def _room(module: str) -> str:
+    return f"{module}...".split(".")[2]
+
+
+def _arrows() -> dict[tuple[str, str], list[str]]:
+    """Imports between rooms of experiments: from, to, and where each is."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for module in MODULES:
+        if _layer(module) == 2:
+            for line, name in _uses_of(module):
+                target = _module_of(name) or ""
+                arrow = _room(module), _room(target)
+                if _layer(target) == 2 and all(arrow) and arrow[0] != arrow[1]:
+                    found.setdefault(arrow, []).append(f"{module}:{line} uses {name}")
+    return found
+
+
+def test_rooms_of_experiments_are_few_and_their_imports_point_down():
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+    rooms = {_room(m) for m in MODULES if _layer(m) == 2} - {"", "configs"}
+    assert rooms == set(floor)
+    arrows = _arrows()
+    assert {a: w for a, w in arrows.items() if floor[a[0]] >= floor[a[1]]} == {}
+    assert len(arrows) < 25
+
+
+def test_modules_of_experiments_import_each_other_without_a_cycle():
+    modules = [m for m in MODULES if _layer(m) == 2]
+    packages = {m for m in modules if MODULES[m].name == "__init__.py"}
+    graph = {
+        module: {
+            target
+            for _, name in _uses_of(module)
+            if (target := _module_of(name)) in modules
+            and target != module
+            # A package that is named only on the way to a module of it.
+            and not (target in packages and f"{module}.".startswith(f"{target}."))
+        }
+        for module in modules
+    }
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
 def test_only_the_package_name_is_imported():
     """No module imports ``algorithms`` or ``experiments`` bare, nor the tests."""
     outside = ("algorithms", "experiments", "tests", "oracles", "benchmarks")
@@ -241,7 +297,7 @@ def test_a_local_computation_is_no_collective():
         "from . import algorithms",
         "import bagua_jax\nbagua_jax.algorithms.qadam(1)",
         "import importlib\nimportlib.import_module('bagua_jax.algorithms')",
-        "from bagua_jax.experiments.config import load",
+        "from bagua_jax.experiments.spec.config import load",
     ],
 )
 def test_an_upward_import_is_seen_however_it_is_spelled(source: str):

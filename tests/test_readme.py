@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bagua_jax.experiments import config
+from bagua_jax.experiments.spec import config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

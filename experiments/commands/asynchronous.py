@@ -14,17 +14,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bagua_jax.experiments import supervise
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError, ExperimentConfig, require_ranges
-from bagua_jax.experiments.folders import (
+from bagua_jax.experiments.commands.terminal import interruptible
+from bagua_jax.experiments.runs import supervise
+from bagua_jax.experiments.runs.folders import (
     RunError,
     locked,
     name_of,
     open_run,
     require_writable,
 )
-from bagua_jax.experiments.terminal import interruptible
+from bagua_jax.experiments.spec.config import (
+    ConfigError,
+    ExperimentConfig,
+    require_ranges,
+)
 
 __all__ = ["Async", "main"]
 
@@ -86,8 +90,9 @@ def main(command: Async) -> int:
     if command.worker is not None:
         return _work(command)
 
-    from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments import catalog, tasks
+    from bagua_jax.experiments import tasks
+    from bagua_jax.experiments.runs import asynchronous as runs
+    from bagua_jax.experiments.spec import catalog
 
     chosen = catalog.resolve(config)
     if command.addresses:
@@ -142,7 +147,7 @@ def _open(command: Async, run: ExperimentConfig, folder: Path, console) -> _Stat
 
 def _unreported(run: ExperimentConfig, folder: Path) -> str | None:
     """Say what is wrong with the report of a run; empty where there is none."""
-    from bagua_jax.experiments import integrity
+    from bagua_jax.experiments.runs import integrity
 
     try:
         summary = integrity.read_document(folder / "summary.json", name_of(run))
@@ -159,8 +164,9 @@ def _state(run: ExperimentConfig, folder: Path, console) -> _State:
     """Judge what the workers have left; empty the folder if a run must begin again."""
     import jax
 
-    from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments import saves, tasks
+    from bagua_jax.experiments import tasks
+    from bagua_jax.experiments.runs import asynchronous as runs
+    from bagua_jax.experiments.runs import worker_checkpoint
 
     def say(message: str) -> None:
         console.print(f"{folder.name}: {message}", soft_wrap=True, highlight=False)
@@ -170,7 +176,7 @@ def _state(run: ExperimentConfig, folder: Path, console) -> _State:
     name, left, saved = name_of(run), [], []
     for worker in range(run.workers):
         left.append(runs.left(folder, worker, size, name))
-        saved.append(saves.about(folder, worker, run=name))
+        saved.append(worker_checkpoint.about(folder, worker, run=name))
         if told := runs.require_whole(left[-1], worker, saved[-1]):
             say(f"{told}; it is mended.")
     if all(map(runs.has_finished, left)):
@@ -190,7 +196,7 @@ def _state(run: ExperimentConfig, folder: Path, console) -> _State:
 
 
 def _setting(command: Async, addresses: tuple[str, ...] = ()):
-    from bagua_jax.experiments.asynchronous import Setting
+    from bagua_jax.experiments.runs.asynchronous import Setting
 
     return Setting(
         command.exchange,
@@ -226,8 +232,9 @@ def _work(command: Async) -> int:
     except ConnectionError as error:
         raise base.NotJoined(str(error)) from error
 
-    from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments import catalog, tasks
+    from bagua_jax.experiments import tasks
+    from bagua_jax.experiments.runs import asynchronous as runs
+    from bagua_jax.experiments.spec import catalog
 
     run, *_ = catalog.resolve(command.experiment)
     setting = _setting(command, command.addresses)
@@ -297,8 +304,8 @@ def _train(
     Raises:
         RunError: if a worker was given up that the config does not let drop out.
     """
-    from bagua_jax.experiments.asynchronous import Diverged
-    from bagua_jax.experiments.progress import progress
+    from bagua_jax.experiments.runs.asynchronous import Diverged
+    from bagua_jax.experiments.runs.progress import progress
 
     n, rounds = run.workers, command.exchange == "rounds"
     words = [sys.executable, "-m", "bagua_jax.experiments", "async"]
@@ -360,7 +367,7 @@ def _train(
 
 
 def _show_last(folder: Path, run: ExperimentConfig, show) -> None:
-    from bagua_jax.experiments import integrity
+    from bagua_jax.experiments.runs import integrity
 
     lines = integrity.peek(folder / "steps-0.jsonl")
     begun = max((k for k, line in enumerate(lines) if "starts" in line), default=0)
@@ -372,9 +379,9 @@ def _show_last(folder: Path, run: ExperimentConfig, show) -> None:
 
 
 def _report(command: Async, run, task, data, folder: Path, console) -> None:
-    from bagua_jax.experiments import asynchronous as runs
-    from bagua_jax.experiments import integrity
-    from bagua_jax.experiments.tables import Table
+    from bagua_jax.experiments.runs import asynchronous as runs
+    from bagua_jax.experiments.runs import integrity
+    from bagua_jax.experiments.tables.table import Table
 
     metrics = list(runs.averaged(run, task, data, folder))
     late = runs.staleness(run, folder)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from bagua_jax.experiments import supervise
-from bagua_jax.experiments.config import ConfigError, ExperimentConfig
-from bagua_jax.experiments.folders import RunError
-from bagua_jax.experiments.messages import shorten
-from bagua_jax.experiments.terminal import degrade, interruptible
+from bagua_jax.experiments.commands.terminal import degrade, interruptible
+from bagua_jax.experiments.runs import supervise
+from bagua_jax.experiments.runs.folders import RunError
+from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig
+from bagua_jax.experiments.spec.messages import shorten
 
 if TYPE_CHECKING:
     from rich.console import Console

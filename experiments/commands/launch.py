@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from bagua_jax.experiments import supervise
-from bagua_jax.experiments.config import ConfigError, require_ranges
-from bagua_jax.experiments.folders import require_writable
-from bagua_jax.experiments.terminal import interruptible
+from bagua_jax.experiments.commands.terminal import interruptible
+from bagua_jax.experiments.runs import supervise
+from bagua_jax.experiments.runs.folders import require_writable
+from bagua_jax.experiments.spec.config import ConfigError, require_ranges
 
 __all__ = ["Launch", "main"]
 

@@ -24,16 +24,16 @@ def main(command: List) -> int:
     """Print the lists."""
     from rich.text import Text
 
-    from bagua_jax.experiments import catalog
-    from bagua_jax.experiments.tables import Table
+    from bagua_jax.experiments.tables import lists
+    from bagua_jax.experiments.tables.table import Table
 
     console = base.console()
-    kinds = catalog.LISTS if command.what == "all" else [command.what]
+    kinds = lists.LISTS if command.what == "all" else [command.what]
     for kind in kinds:
-        facts, caption = catalog.LISTS[kind].facts, catalog.LISTS[kind].caption
+        facts, caption = lists.LISTS[kind].facts, lists.LISTS[kind].caption
         rows = [
             [Text(row.name, "bold"), *row.facts, row.summary]
-            for row in catalog.describe(kind)
+            for row in lists.describe(kind)
         ]
         headers = [kind, *facts, "what it does"]
         console.print(Table(headers, rows, words={"what it does"}, left=facts))

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError, quote, require_ranges, unknown
-from bagua_jax.experiments.folders import require_writable, write_json
+from bagua_jax.experiments.runs.folders import require_writable, write_json
+from bagua_jax.experiments.spec.config import (
+    ConfigError,
+    quote,
+    require_ranges,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +54,7 @@ def main(command: Plan) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing attached is looked for
 
     from bagua_jax import planning
-    from bagua_jax.experiments import plans
+    from bagua_jax.experiments.tables import plan
 
     config = command.experiment
     try:
@@ -71,18 +76,18 @@ def main(command: Plan) -> int:
     console.print(f"{title} ({cluster})", highlight=False)
     total = len(config.algorithms) * len(networks)
     with _progress(console, total) as say:
-        rows, failures = plans.make(
+        rows, failures = plan.make(
             config, cluster, networks, hierarchy=command.hierarchy, say=say
         )
     if rows:
         console.print(f"\n[bold]PREDICTION, nothing measured: {title}", highlight=False)
-        console.print(plans.table(rows, cluster))
+        console.print(plan.table(rows, cluster))
         console.print(f"[dim]{_caption(cluster)}", highlight=False)
         name = f"plan-{cluster.text}".replace(":", "-")
         name += "-hierarchy" * command.hierarchy
         path = folder / f"{name}.json"
-        write_json(path, {"title": title, "form": form, "plans": plans.facts(rows)})
-        plans.draw(rows, cluster, title, path.with_suffix(".png"))
+        write_json(path, {"title": title, "form": form, "plans": plan.facts(rows)})
+        plan.draw(rows, cluster, title, path.with_suffix(".png"))
         reports = [f"# {row.label}, {row.network}\n\n{row.plan}\n" for row in rows]
         path.with_suffix(".txt").write_text("\n".join(reports), encoding="utf-8")
         for written in (path, path.with_suffix(".txt"), path.with_suffix(".png")):

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError
+from bagua_jax.experiments.spec.config import ConfigError
 
 __all__ = ["Reproduce", "main"]
 
@@ -37,8 +37,8 @@ def main(command: Reproduce) -> int:
             f"--docs: the page holds all tables, and {command.table} was named alone. "
             "Leave the table out."
         )
-    from bagua_jax.experiments import folders
-    from bagua_jax.experiments.reproduce import page, tables
+    from bagua_jax.experiments.runs import folders
+    from bagua_jax.experiments.studies.reproduce import page, tables
 
     folders.require_writable(command.output)
     console = base.console()

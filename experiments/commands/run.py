@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagua_jax.experiments import claims
-from bagua_jax.experiments import config as configs
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError, ExperimentConfig
-from bagua_jax.experiments.folders import RunError, blame, require_writable
+from bagua_jax.experiments.runs.folders import RunError, require_writable
+from bagua_jax.experiments.spec import claims
+from bagua_jax.experiments.spec import config as configs
+from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig
+from bagua_jax.experiments.spec.messages import blame
 
 __all__ = ["Run", "main"]
 
@@ -39,8 +40,11 @@ def main(command: Run) -> int:
         base.prepare_host_devices(config)
 
     from bagua_jax import processes
-    from bagua_jax.experiments import catalog, comparison, report, tasks, train
-    from bagua_jax.experiments.data import Shards
+    from bagua_jax.experiments import tasks
+    from bagua_jax.experiments.runs import train
+    from bagua_jax.experiments.spec import catalog
+    from bagua_jax.experiments.tables import comparison, report
+    from bagua_jax.experiments.tasks.data import Shards
 
     _require_devices(config)
     runs = catalog.resolve(config)
@@ -93,7 +97,9 @@ def main(command: Run) -> int:
 
 def _check(config: ExperimentConfig) -> int:
     """Refuse what the config or a flag says wrong; one's own task is not loaded."""
-    from bagua_jax.experiments import catalog, folders, names, tasks
+    from bagua_jax.experiments import tasks
+    from bagua_jax.experiments.runs import folders
+    from bagua_jax.experiments.spec import catalog, names
 
     runs = catalog.resolve(config)
     if not names.is_own(config.task):

@@ -28,9 +28,9 @@ class WhatIf:
 
 def main(command: WhatIf) -> int:
     """Print the table, write the files."""
-    from bagua_jax.experiments import folders
-    from bagua_jax.experiments.reproduce import what_if
-    from bagua_jax.experiments.tables import Table
+    from bagua_jax.experiments.runs import folders
+    from bagua_jax.experiments.studies.reproduce import what_if
+    from bagua_jax.experiments.tables.table import Table
 
     folders.require_writable(command.output)
     found = what_if.predict(command.overlap)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagua_jax.experiments.commands import base
-from bagua_jax.experiments.config import ConfigError, require_ranges
-from bagua_jax.experiments.folders import write_json
+from bagua_jax.experiments.runs.folders import write_json
+from bagua_jax.experiments.spec.config import ConfigError, require_ranges
 
 if TYPE_CHECKING:
-    from bagua_jax.experiments.wires import Place
+    from bagua_jax.experiments.tables.wire import Place
 
 __all__ = ["Wire", "main"]
 
@@ -52,7 +52,7 @@ def main(command: Wire) -> int:
 
     import jax
 
-    from bagua_jax.experiments import wires
+    from bagua_jax.experiments.tables import wire
 
     place = _place(command)
     on = f"{place.cluster}" if place.cluster else "host devices"
@@ -61,11 +61,11 @@ def main(command: Wire) -> int:
     console = base.console()
     console.print(title, highlight=False, soft_wrap=True)
     with console.status("compiling") as status:
-        rows, failures = wires.make(
+        rows, failures = wire.make(
             config, place, lambda label: status.update(f"{label}: compiling")
         )
     if rows:
-        console.print(wires.table(rows, place))
+        console.print(wire.table(rows, place))
         console.print(
             "[dim]Of one worker and step, on average over a schedule's period; after "
             "any warm-up, where no other line says otherwise.",
@@ -85,7 +85,7 @@ def main(command: Wire) -> int:
                 "nodes": nodes,
                 "hierarchy": place.hierarchy,
                 "jax": jax.__version__,
-                "steps": wires.facts(rows, place),
+                "steps": wire.facts(rows, place),
             },
         )
         console.print(f"written: {command.json}", highlight=False, soft_wrap=True)
@@ -98,7 +98,7 @@ def _place(command: Wire) -> "Place":
     import numpy as np
 
     from bagua_jax import planning
-    from bagua_jax.experiments.wires import Place
+    from bagua_jax.experiments.tables.wire import Place
 
     cluster, n = None, command.experiment.workers
     num_nodes = command.nodes

@@ -5,8 +5,7 @@ in any module that Python can import from where you stand::
 
     # my_package/my_module.py
     import jax, jax.numpy as jnp, numpy as np
-    from bagua_jax.experiments.data import Data
-    from bagua_jax.experiments.tasks import Task
+    from bagua_jax.experiments.tasks import Data, Task
 
     def my_task():
         '''Least squares on points of a line.'''
@@ -32,14 +31,15 @@ in any module that Python can import from where you stand::
 and a config names it: ``task: my_package.my_module:my_task``.
 """
 
-from bagua_jax.experiments import names
-from bagua_jax.experiments.config import ConfigError, quote
-from bagua_jax.experiments.folders import blame
+from bagua_jax.experiments.spec import names
+from bagua_jax.experiments.spec.config import ConfigError, quote
+from bagua_jax.experiments.spec.messages import blame
 from bagua_jax.experiments.tasks.base import Task
 from bagua_jax.experiments.tasks.counterexamples import (
     sign_counterexamples,
     top1_counterexample,
 )
+from bagua_jax.experiments.tasks.data import Data
 from bagua_jax.experiments.tasks.images import digits, mnist5k
 from bagua_jax.experiments.tasks.problems import (
     adult,
@@ -51,6 +51,7 @@ from bagua_jax.experiments.tasks.text import kjv
 
 __all__ = [
     "TASKS",
+    "Data",
     "Task",
     "adult",
     "breast_cancer",

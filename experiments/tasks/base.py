@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bagua_jax.experiments.data import Data
+from bagua_jax.experiments.tasks.data import Data
 
 __all__ = ["Task", "normal_init"]
 

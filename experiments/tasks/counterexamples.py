@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from bagua_jax.experiments.data import Data
 from bagua_jax.experiments.tasks.base import Task
+from bagua_jax.experiments.tasks.data import Data
 
 __all__ = ["sign_counterexamples", "top1_counterexample"]
 

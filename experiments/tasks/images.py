@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bagua_jax.experiments.data import Data, stratified_split
 from bagua_jax.experiments.tasks.base import Task, normal_init
+from bagua_jax.experiments.tasks.data import Data, stratified_split
 
 __all__ = ["digits", "mnist5k"]
 

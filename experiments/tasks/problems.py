@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bagua_jax import theory
-from bagua_jax.experiments.config import ConfigError
-from bagua_jax.experiments.data import Data, generator
+from bagua_jax.experiments.spec.config import ConfigError
 from bagua_jax.experiments.tasks.base import Task
+from bagua_jax.experiments.tasks.data import Data, generator
 
 __all__ = ["adult", "breast_cancer", "logistic", "quadratic"]
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bagua_jax.experiments.config import ConfigError
-from bagua_jax.experiments.data import Data, generator
+from bagua_jax.experiments.spec.config import ConfigError
 from bagua_jax.experiments.tasks.base import Task, normal_init
+from bagua_jax.experiments.tasks.data import Data, generator
 
 __all__ = ["Chapter", "chapters", "kjv", "transformer"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from bagua_jax import algorithms as alg
 from bagua_jax import compatibility, compressors
-from bagua_jax.experiments import fits
+from bagua_jax.experiments.studies import fits
 
 AXIS = "workers"
 PAGE = Path(__file__).parents[2] / "docs" / "compressors.md"

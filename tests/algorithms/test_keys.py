@@ -16,7 +16,7 @@ import pytest
 from bagua_jax import algorithms as alg
 from bagua_jax import compressors
 from bagua_jax.buckets import plan
-from bagua_jax.experiments import fits
+from bagua_jax.experiments.studies import fits
 
 AXIS, N, STEPS = "workers", 3, 8
 LEAVES = {"a": 65, "b": 65}  # two buckets, alike but for their keys

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bagua_jax.experiments import checkpoint, report
 from bagua_jax.experiments.cli import main
+from bagua_jax.experiments.runs import checkpoint
+from bagua_jax.experiments.tables import report
 
 SMALL = {
     "experiment": "small",

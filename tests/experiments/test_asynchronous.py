@@ -10,8 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from bagua_jax.experiments import asynchronous, config, folders, integrity, saves
-from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.runs import (
+    asynchronous,
+    folders,
+    integrity,
+    worker_checkpoint,
+)
+from bagua_jax.experiments.runs.folders import RunError
+from bagua_jax.experiments.spec import config
 
 PACE = ("--pace", "0.004", "0.008")
 
@@ -146,10 +152,10 @@ def interrupted(run_async, monkeypatch, tmp_path):
     return run_async
 
 
-def saved_by(run) -> list[saves.About]:
+def saved_by(run) -> list[worker_checkpoint.About]:
     """What the workers of a run have saved."""
     name = folders.name_of(config.load(run / "config.yaml"))
-    found = [saves.about(run, worker, run=name) for worker in range(2)]
+    found = [worker_checkpoint.about(run, worker, run=name) for worker in range(2)]
     return [about for about in found if about is not None]
 
 
@@ -275,7 +281,7 @@ def test_rounds_go_on_from_the_mean(interrupted):
             size = file[file.files[-1]].size
         about = saved_by(run)[worker]
         state = jnp.full(size, value), optax.sgd(0.1).init(jnp.zeros(size))
-        saves.save(run, worker, state, 20, run=about.run, marks=about.marks)
+        worker_checkpoint.save(run, worker, state, 20, run=about.run, marks=about.marks)
     status, out, err, _ = interrupted(**small)
     assert status == 0, err
     assert "go on from steps 20, 20" in " ".join(out.split())
@@ -305,7 +311,7 @@ def test_policy_for_a_worker_that_is_not_finite(
         "import sys\n"
         "if '--worker 1' in ' '.join(sys.orig_argv):\n"
         "    import numpy as np\n"
-        "    from bagua_jax.experiments.data import Shards\n"
+        "    from bagua_jax.experiments.tasks.data import Shards\n"
         "    deal = Shards.deal.__func__\n"
         "    def spoiled(cls, data, *rest):\n"
         "        shards = deal(cls, data, *rest)\n"

@@ -9,18 +9,13 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from bagua_jax.experiments import (
-    catalog,
-    claims,
-    config,
-    integrity,
-    report,
-    tasks,
-    train,
-)
-from bagua_jax.experiments.claims import Verdict
-from bagua_jax.experiments.comparison import Result
-from bagua_jax.experiments.config import ConfigError
+from bagua_jax.experiments import tasks
+from bagua_jax.experiments.runs import integrity, train
+from bagua_jax.experiments.spec import catalog, claims, config
+from bagua_jax.experiments.spec.claims import Verdict
+from bagua_jax.experiments.spec.config import ConfigError
+from bagua_jax.experiments.tables import report
+from bagua_jax.experiments.tables.comparison import Result
 
 PUBLISHED = [name for name in config.shipped() if name.startswith("published/")]
 

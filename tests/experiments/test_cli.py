@@ -11,7 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from bagua_jax.experiments import catalog, config, integrity, tasks, train
+from bagua_jax.experiments import tasks
+from bagua_jax.experiments.runs import integrity, train
+from bagua_jax.experiments.spec import config
+from bagua_jax.experiments.tables import lists
 
 
 def python(*argv: str, cwd, **env: str) -> subprocess.CompletedProcess:
@@ -55,13 +58,13 @@ def test_help_shows_the_values_of_the_config(lab):
 def test_list_shows_everything_with_a_line_on_each(lab):
     status, out, _ = lab.main("list")
     assert status == 0
-    for kind in catalog.LISTS:
+    for kind in lists.LISTS:
         assert kind in out
-        for name, summary, facts in catalog.describe(kind):
+        for name, summary, facts in lists.describe(kind):
             assert name in out
             assert len(summary) > 10 and summary[0].isupper()
             assert ":math:" not in summary
-            assert len(facts) == len(catalog.LISTS[kind].facts)
+            assert len(facts) == len(lists.LISTS[kind].facts)
             assert all(fact in out for fact in facts)
 
 
@@ -325,7 +328,7 @@ def test_label_sharding_separates_workers_and_iid_does_not(lab):
 USER_TASK = '''
 """A module of a user's own."""
 import jax.numpy as jnp, numpy as np
-from bagua_jax.experiments.data import Data
+from bagua_jax.experiments.tasks.data import Data
 from bagua_jax.experiments.tasks import Task
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bagua_jax.experiments import report
+from bagua_jax.experiments.tables import report
 
 MORE = {
     "steps": 4,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from bagua_jax.experiments import catalog, config
-from bagua_jax.experiments.config import (
+from bagua_jax.experiments.spec import catalog, config
+from bagua_jax.experiments.spec.config import (
     AlgorithmConfig,
     ConfigError,
     ExperimentConfig,

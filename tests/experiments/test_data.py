@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bagua_jax.experiments import tasks
-from bagua_jax.experiments.config import ConfigError
-from bagua_jax.experiments.data import Data, Shards, shard, stratified_split
+from bagua_jax.experiments.spec.config import ConfigError
+from bagua_jax.experiments.tasks.data import Data, Shards, shard, stratified_split
 
 LABELS = np.repeat(np.arange(5), 20)
 

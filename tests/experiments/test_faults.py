@@ -16,10 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bagua_jax import Workers
-from bagua_jax.experiments import checkpoint, train
-from bagua_jax.experiments.data import Shards
-from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.runs import checkpoint, train
+from bagua_jax.experiments.runs.folders import RunError
 from bagua_jax.experiments.tasks import TASKS
+from bagua_jax.experiments.tasks.data import Shards
 
 BATCH = Shards.batch
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bagua_jax.experiments import asynchronous, folders, integrity
-from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.runs import asynchronous, folders, integrity
+from bagua_jax.experiments.runs.folders import RunError
 
 
 @contextlib.contextmanager

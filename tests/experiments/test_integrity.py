@@ -8,8 +8,8 @@ import random
 import pandas as pd
 import pytest
 
-from bagua_jax.experiments import integrity
-from bagua_jax.experiments.integrity import Journal, RunError, Unchecked
+from bagua_jax.experiments.runs import integrity
+from bagua_jax.experiments.runs.integrity import Journal, RunError, Unchecked
 
 RECORDS = [{"step": i, "train/loss": 1 / (i + 1), "ü": None} for i in range(8)]
 

@@ -4,8 +4,8 @@ import optax
 import pytest
 
 from bagua_jax import algorithms, topologies
-from bagua_jax.experiments.measure import AXIS, mean_square_rate
-from bagua_jax.experiments.predictions.channels import bernoulli
+from bagua_jax.experiments.studies.measure import AXIS, mean_square_rate
+from bagua_jax.experiments.studies.predictions.channels import bernoulli
 from bagua_jax.theory import mixing, modes, moments
 from bagua_jax.theory.compression import Message
 

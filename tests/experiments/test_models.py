@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bagua_jax.experiments.models import WORKLOADS, flops, parameters
-from bagua_jax.experiments.models.bert import BERT
-from bagua_jax.experiments.models.lstm_alexnet import LSTMAlexNet
-from bagua_jax.experiments.models.speech_transformer import SpeechTransformer
-from bagua_jax.experiments.models.vgg16 import VGG16
+from bagua_jax.experiments.studies.models import WORKLOADS, flops, parameters
+from bagua_jax.experiments.studies.models.bert import BERT
+from bagua_jax.experiments.studies.models.lstm_alexnet import LSTMAlexNet
+from bagua_jax.experiments.studies.models.speech_transformer import SpeechTransformer
+from bagua_jax.experiments.studies.models.vgg16 import VGG16
 
 
 def bert(width: int, layers: int, hidden: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bagua_jax import processes
-from bagua_jax.experiments import supervise
+from bagua_jax.experiments.runs import supervise
 
 ALGORITHMS = [
     {"name": "gradient_allreduce"},
@@ -307,7 +307,7 @@ FAILS = """
 import sys, time
 from bagua_jax import processes
 from bagua_jax.experiments import cli
-from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.runs.folders import RunError
 
 _, index, port, error = sys.argv
 address = f"127.0.0.1:{port}"
@@ -390,7 +390,7 @@ def watch(
     start = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from bagua_jax.experiments.supervise import beat, tie\n"
+        "from bagua_jax.experiments.runs.supervise import beat, tie\n"
         "tie()\n"
         "me = int(os.environ['BAGUA_JAX_PROCESS'][0])\n"
         f"count = Path({str(tmp_path)!r}) / f'attempts{{me}}'\n"

@@ -9,10 +9,10 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from bagua_jax import Workers, primitives, schedules, worker_local
-from bagua_jax.experiments import report
-from bagua_jax.experiments.comparison import Result
-from bagua_jax.experiments.progress import progress
-from bagua_jax.experiments.train import wire_facts
+from bagua_jax.experiments.runs.progress import progress
+from bagua_jax.experiments.runs.train import wire_facts
+from bagua_jax.experiments.tables import report
+from bagua_jax.experiments.tables.comparison import Result
 
 
 def shown(width: int, *, terminal: bool) -> str:

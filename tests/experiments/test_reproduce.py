@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from bagua_jax import buckets, network, wire
-from bagua_jax.experiments import survey
-from bagua_jax.experiments.models import WORKLOADS, parameters
-from bagua_jax.experiments.reproduce import compare, counts, model, page, tables
-from bagua_jax.experiments.reproduce import what_if as what_if_
+from bagua_jax.experiments.studies.models import WORKLOADS, parameters
+from bagua_jax.experiments.studies.reproduce import compare, counts, model, page, tables
+from bagua_jax.experiments.studies.reproduce import what_if as what_if_
+from bagua_jax.experiments.studies.reproduce.cells import Table
+from bagua_jax.experiments.tables import survey
 from bagua_jax.network import GBIT, Link, Network
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_everything_is_counted(numbers):
     for programs in numbers["programs"].values():
         assert set(programs) == set(counts.PROGRAMS)
     assert set(numbers["library"]) == {survey.label(row) for row in survey.SURVEY}, (
-        "run python -m bagua_jax.experiments.reproduce.counts again"
+        "run python -m bagua_jax.experiments.studies.reproduce.counts again"
     )
 
 
@@ -231,7 +232,7 @@ def test_crossings_and_orders():
 # --- the bounds -----------------------------------------------------------------------
 
 
-def column(table: tables.Table, *systems: str) -> list[int]:
+def column(table: Table, *systems: str) -> list[int]:
     return [list(table.published).index(system) for system in systems]
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from bagua_jax import saving
-from bagua_jax.experiments import checkpoint, config, folders, integrity
-from bagua_jax.experiments.folders import RunError
+from bagua_jax.experiments.runs import checkpoint, folders, integrity
+from bagua_jax.experiments.runs.folders import RunError
+from bagua_jax.experiments.spec import config
 
 ALGORITHMS = {
     "gradient_allreduce": {},

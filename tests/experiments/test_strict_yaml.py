@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from bagua_jax.experiments import config
-from bagua_jax.experiments.messages import ConfigError, quote, shorten
-from bagua_jax.experiments.strict_yaml import MAX_BYTES, read_yaml
+from bagua_jax.experiments.spec import config
+from bagua_jax.experiments.spec.messages import ConfigError, quote, shorten
+from bagua_jax.experiments.spec.strict_yaml import MAX_BYTES, read_yaml
 
 _NINE = ", ".join(["*{}"] * 10)
 _MULTIPLIED = "a: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

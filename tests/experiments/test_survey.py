@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bagua_jax.algorithms import REGISTRY
-from bagua_jax.experiments import survey
+from bagua_jax.experiments.tables import survey
 
 ROWS = {survey.label(row): row for row in survey.SURVEY}
 PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
@@ -16,7 +16,7 @@ def test_every_algorithm_has_a_row_and_every_row_its_numbers():
     assert {row.algorithm for row in survey.SURVEY} == set(REGISTRY)
     assert len(ROWS) == len(survey.SURVEY)
     assert set(survey.read()) == set(ROWS), (
-        "run python -m bagua_jax.experiments.survey again"
+        "run python -m bagua_jax.experiments.tables.survey again"
     )
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bagua_jax import experiments
-from bagua_jax.experiments.tables import Table
+from bagua_jax.experiments.tables.table import Table
 
 
 def printed(table: Table, width: int) -> list[str]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bagua_jax.experiments import tasks
-from bagua_jax.experiments.config import ConfigError
-from bagua_jax.experiments.data import Shards
+from bagua_jax.experiments.spec.config import ConfigError
+from bagua_jax.experiments.tasks.data import Shards
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bagua_jax.experiments import tasks
-from bagua_jax.experiments.data import Shards
 from bagua_jax.experiments.tasks import text
+from bagua_jax.experiments.tasks.data import Shards
 
 WINDOW = 65
 

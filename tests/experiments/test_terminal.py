@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bagua_jax.experiments import terminal
+from bagua_jax.experiments.commands import terminal
 
 PROGRAM = [sys.executable, "-m", "bagua_jax.experiments"]
 RUN = "run quadratic --steps 20 --workers 2 --algorithms bytegrad".split()

@@ -118,7 +118,7 @@ def test_lists_and_runs_before_anything_is_counted(copy):
 
 
 def test_pages_are_written_with_it(copy):
-    python(copy, "bagua_jax.experiments.survey")
+    python(copy, "bagua_jax.experiments.tables.survey")
     page = (copy / "docs" / "algorithms.md").read_text()
     assert "| `round_robin(stride=8)` |" in page
     assert "`round_robin`" in (copy / "README.md").read_text()

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from bagua_jax.experiments.measure import Estimate, average
-from bagua_jax.experiments.predictions import ROWS, Row, Rule, check, rows
-from bagua_jax.experiments.predictions.__main__ import main, report
+from bagua_jax.experiments.studies.measure import Estimate, average
+from bagua_jax.experiments.studies.predictions import ROWS, Row, Rule, check, rows
+from bagua_jax.experiments.studies.predictions.__main__ import main, report
 
 QUICK = [name for name, row in ROWS.items() if row.quick]
 

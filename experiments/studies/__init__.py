@@ -43,6 +43,7 @@ FAST = os.environ.get("BAGUA_FAST") == "1"
 """Whether studies are to be small."""
 
 _HOME = Path(str(resources.files("bagua_jax.experiments")))
+_NOTEBOOKS = _HOME / "studies" / "notebooks"
 
 STYLE = str(_HOME / "bagua.mplstyle")
 """The style of every figure, for ``matplotlib.pyplot.style.use``."""
@@ -252,14 +253,14 @@ def run(name: str) -> dict[str, Any]:
     import matplotlib.pyplot as plt
 
     with plt.style.context("default"):
-        found = runpy.run_path(str(_HOME / "notebooks" / f"{name}.py"))
+        found = runpy.run_path(str(_NOTEBOOKS / f"{name}.py"))
         plt.close("all")
     return found
 
 
 def _prose(name: str) -> list[str]:
     """Return the text cells of a study, as Markdown; the first states its question."""
-    text = (_HOME / "notebooks" / f"{name}.py").read_text(encoding="utf-8")
+    text = (_NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
     cells = text.split("# %% [markdown]\n")[1:]
     bodies = (cell.split("\n# %%")[0] for cell in cells)
     return [re.sub(r"^# ?", "", b, flags=re.MULTILINE).strip() for b in bodies]

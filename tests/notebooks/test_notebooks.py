@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from bagua_jax.experiments import studies
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "experiments" / "notebooks"
+FOLDER = ROOT / "experiments" / "studies" / "notebooks"
 ALL = (*studies.ORDER, *studies.FINDINGS)
 
 

@@ -35,6 +35,7 @@ from bagua_jax.experiments.studies.predictions.channels import bernoulli
 from bagua_jax.theory import modes, moments
 from bagua_jax.theory.compression import Message
 
+# %%
 plt.style.use(studies.STYLE)
 q, d = 0.25, 32
 unbiased, contractive = bernoulli(q), bernoulli(q, scaled=False)

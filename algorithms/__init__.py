@@ -81,7 +81,7 @@ _REPLICAS = "replicas equal bit for bit"
 def _mixes_what_was(options: Mapping[str, Any]) -> Late | None:
     """Combining before the step mixes weights that are there since the last one."""
     before = options["combine"] == "before"
-    return Late(options["communication_interval"], 1) if before else None
+    return Late(options["local_steps"], 1) if before else None
 
 
 def _only_between_nodes(options: Mapping[str, Any]) -> Late | None:
@@ -249,13 +249,13 @@ REGISTRY: dict[str, Entry] = {
         "gradient",
         invariant="sent + v = momentum, summed over time",
         oracle="gradient_side.dgc",
-        examples=(Example({"density": 0.001}, peers="GRACE, epfml (BytePS)"),),
+        examples=(Example({"ratio": 0.001}, peers="GRACE, epfml (BytePS)"),),
         contracts=(
             Contract(
-                {"momentum": 0.5, "density": 0.25, "bucket_bytes": 4},
+                {"momentum": 0.5, "ratio": 0.25, "bucket_bytes": 4},
                 floor=0.2,
                 sends=traffic.gather(_TOP),
-                plain={"density": 1.0},
+                plain={"ratio": 1.0},
             ),
         ),
     ),
@@ -472,7 +472,7 @@ REGISTRY: dict[str, Entry] = {
             Contract({"combine": "after"}, floor=2.0, sends=traffic.gossip()),
             Contract({"topology": "complete"}, floor=0.6),
             Contract(
-                {"topology": "shift_one", "communication_interval": 2},
+                {"topology": "shift_one", "local_steps": 2},
                 floor=2.0,
                 sends=traffic.gossip("shift_one", share=1 / 2),
             ),
@@ -501,7 +501,7 @@ REGISTRY: dict[str, Entry] = {
                 {}, floor=2.0, sends=traffic.gossip("ring", _CODES), plain=_NO_CODEC
             ),
             Contract(
-                {"communication_interval": 2},
+                {"local_steps": 2},
                 floor=2.0,
                 sends=traffic.gossip("ring", _CODES, share=1 / 2),
                 plain=_NO_CODEC,
@@ -572,19 +572,21 @@ REGISTRY: dict[str, Entry] = {
         oracle="algorithms.async_model_average",
         examples=(
             Example(
-                {"period": 8, "staleness": 4},
+                {"local_steps": 8, "staleness": 4},
                 peers="(Bagua, BytePS, BlueFog, hivemind, SGP: in real time)",
             ),
         ),
         contracts=(
             Contract(
-                {"period": 4, "staleness": 2, "warmup_steps": 3},
+                {"local_steps": 4, "staleness": 2, "warmup_steps": 3},
                 floor=2.0,
                 sends=traffic.allreduce(1 / 4),
             ),
-            Contract({"period": 2}, floor=2.0, sends=traffic.allreduce(1 / 2)),
+            Contract({"local_steps": 2}, floor=2.0, sends=traffic.allreduce(1 / 2)),
         ),
-        late=lambda o: Late(o["period"], o["staleness"]) if o["staleness"] else None,
+        late=lambda o: (
+            Late(o["local_steps"], o["staleness"]) if o["staleness"] else None
+        ),
     ),
     "local_sgd": Entry(
         local_sgd,
@@ -601,7 +603,7 @@ REGISTRY: dict[str, Entry] = {
         ),
         contracts=(
             Contract(
-                {"local_steps": 4, "start_step": 3},
+                {"local_steps": 4, "warmup_steps": 3},
                 floor=2.0,
                 sends=traffic.allreduce(1 / 4),
             ),
@@ -653,7 +655,7 @@ REGISTRY: dict[str, Entry] = {
                 {"local_steps": 3, "learning_rate": 0.1},
                 floor=2.0,
                 sends=traffic.allreduce(1 / 3),
-                plain={"slow_momentum": 0.0, "slow_learning_rate": 1.0},
+                plain={"outer_momentum": 0.0, "outer_learning_rate": 1.0},
             ),
         ),
     ),
@@ -732,14 +734,14 @@ REGISTRY: dict[str, Entry] = {
             Example(
                 {
                     "compressor": "chain(topk(0.1), blockwise(4, 128))",
-                    "mask_ratio": 0.1,
+                    "ratio": 0.1,
                 },
                 peers="CocktailSGD",
             ),
         ),
         contracts=(
             Contract(
-                {"mask_ratio": 0.5, "staleness": 1},
+                {"ratio": 0.5, "staleness": 1},
                 floor=0.3,
                 # The default compressor on half of the places of each owner's part.
                 sends=lambda n, sizes: traffic.scatter_reduce(
@@ -747,7 +749,7 @@ REGISTRY: dict[str, Entry] = {
                         compressors.topk(0.5), compressors.blockwise(8, 128)
                     )
                 )(n, tuple(n * math.ceil(math.ceil(d / n) / 2) for d in sizes)),
-                plain={**_NO_CODEC, "mask_ratio": 1.0, "staleness": 0},
+                plain={**_NO_CODEC, "ratio": 1.0, "staleness": 0},
             ),
         ),
     ),
@@ -855,11 +857,14 @@ REGISTRY: dict[str, Entry] = {
         invariant=_GOSSIP,
         oracle="weight_side.deep_squeeze",
         examples=(
-            Example({"compressor": "minmax_uint8", "mixing_rate": 0.8}, peers="epfml"),
+            Example(
+                {"compressor": "minmax_uint8", "consensus_step_size": 0.8},
+                peers="epfml",
+            ),
         ),
         contracts=(
             Contract(
-                {"compressor": _CODES, "mixing_rate": 0.8},
+                {"compressor": _CODES, "consensus_step_size": 0.8},
                 floor=2.0,
                 sends=traffic.gossip("ring", _CODES),
                 plain=_NO_CODEC,

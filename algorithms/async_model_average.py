@@ -9,6 +9,7 @@ import optax
 from bagua_jax import buckets, checks, precision, primitives, schedules
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["AsyncModelAverageState", "async_model_average"]
 
@@ -21,10 +22,11 @@ class AsyncModelAverageState(NamedTuple):
     # and worker-local; None where staleness is 0
 
 
+@takes_old_names
 def async_model_average(
     *,
     axis_name: AxisName,
-    period: int,
+    local_steps: int,
     staleness: int = 0,
     warmup_steps: int = 0,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
@@ -34,7 +36,7 @@ def async_model_average(
     Placement: weight side, last in the chain. Receives the optimizer's update u_i with
     ``params``, returns ``new_params - params`` of this worker, varying.
 
-    Workers step on their own. Every ``period`` steps each takes a snapshot y_i of its
+    Workers step on their own. Every H steps each takes a snapshot y_i of its
     model; the mean of the snapshots arrives ``staleness`` steps later and is added as a
     correction, so that no progress made in between is lost:
 
@@ -43,7 +45,7 @@ def async_model_average(
         x_i \leftarrow x_i + \tfrac1n \sum_j y_j - y_i \ \text{ when a mean arrives}
 
     With ``staleness=0`` the snapshot's mean is used at once: periodic averaging (local
-    SGD with H = ``period``). A mean that arrives on a step with a snapshot is added
+    SGD). A mean that arrives on a step with a snapshot is added
     before the snapshot is taken.
 
     It is the arithmetic of asynchronous training inside a lockstep program: every
@@ -52,8 +54,8 @@ def async_model_average(
 
     Args:
         axis_name: the workers' axis, or ``("node", "local")``.
-        period: steps between snapshots, at least 1; static.
-        staleness: steps from a snapshot to its use, from 0 to ``period``; static.
+        local_steps: H, steps between snapshots, at least 1; static.
+        staleness: steps from a snapshot to its use, from 0 to H; static.
         warmup_steps: first steps, on which models are averaged at every step; at least
             0; static.
         bucket_bytes: target message size in bytes (static).
@@ -67,7 +69,7 @@ def async_model_average(
         NameError: if the axis is not mapped where ``update`` is called.
 
     Communication:
-        One all-reduce of the parameters for each bucket, every ``period`` steps; every
+        One all-reduce of the parameters for each bucket, every H steps; every
         step during the warm-up.
 
     State:
@@ -88,19 +90,19 @@ def async_model_average(
         SGD Converges Fast and Communicates Little`, 2019, for staleness 0.
 
     Example:
-        >>> tx = async_model_average(axis_name="workers", period=1)
+        >>> tx = async_model_average(axis_name="workers", local_steps=1)
         >>> params, updates = jnp.array([[0.0], [4.0]]), jnp.array([[2.0], [0.0]])
         >>> step = lambda u, x: x + tx.update(u, tx.init(x), x)[0]
         >>> jax.vmap(step, axis_name="workers")(updates, params).ravel().tolist()
         [3.0, 3.0]
     """
     caller = "async_model_average"
-    checks.require_at_least(caller, "period", period, 1, "It is in steps.")
+    checks.require_at_least(caller, "local_steps", local_steps, 1, "It is in steps.")
     checks.require_at_least(caller, "staleness", staleness, 0, "It is in steps.")
-    if staleness > period:
+    if staleness > local_steps:
         raise ValueError(
-            f"async_model_average: staleness must be at most period={period}, got "
-            f"{staleness}: one mean is under way at a time. Raise period."
+            f"{caller}: staleness must be at most local_steps={local_steps}, got "
+            f"{staleness}: one mean is under way at a time. Raise local_steps."
         )
     checks.require_at_least(caller, "warmup_steps", warmup_steps, 0, "It is in steps.")
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
@@ -135,14 +137,14 @@ def async_model_average(
 
         x = weights.adapt(params, updates, axis_name)
         if staleness:
-            arrives = (step - staleness + 1) % period == 0
+            arrives = (step - staleness + 1) % local_steps == 0
             x = jax.tree.map(
                 lambda x, c: x + jnp.where(arrives, c, 0), x, state.correction
             )
 
         branches = [go_on, take_snapshot if staleness else average, average]
-        shares = [1 - 1 / period, 1 / period, 0]
-        due = ((step + 1) % period == 0).astype(jnp.int32)
+        shares = [1 - 1 / local_steps, 1 / local_steps, 0]
+        due = ((step + 1) % local_steps == 0).astype(jnp.int32)
         index = jnp.where(step < 0, 2, due)
         if not warmup_steps:
             branches, shares = branches[:2], shares[:2]

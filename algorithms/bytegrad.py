@@ -21,8 +21,8 @@ class ByteGradState(NamedTuple):
 def bytegrad(
     *,
     axis_name: AxisName,
-    bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     error_feedback: ErrorFeedback = "none",
+    bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace each worker's gradient by the mean, exchanged in 8 bits.
 
@@ -42,9 +42,9 @@ def bytegrad(
     Args:
         axis_name: the workers' axis, or ``("node", "local")``: then gradients are
             averaged in full precision inside the node and nodes are the workers.
-        bucket_bytes: target bucket size in bytes (static).
         error_feedback: where the errors d (``"worker"``) and e (``"owner"``) are kept:
             there, at ``"both"`` ends, or at ``"none"``, as the original; static.
+        bucket_bytes: target bucket size in bytes (static).
 
     Returns:
         A transform of updates of any floating dtype; shapes and dtypes are kept.

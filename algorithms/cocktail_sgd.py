@@ -12,6 +12,7 @@ from bagua_jax.algorithms.feedback import init_errors
 from bagua_jax.compressors import Compressor, blockwise, chain, topk
 from bagua_jax.compressors.numerics import draw_places, kept, poisoned
 from bagua_jax.primitives import AxisName, Errors
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["CocktailSGDState", "cocktail_sgd"]
 
@@ -26,11 +27,12 @@ class CocktailSGDState(NamedTuple):
     pending: optax.Updates | None  # the move under way; None where staleness is 0
 
 
+@takes_old_names
 def cocktail_sgd(
     compressor: Compressor = chain(topk(0.5), blockwise(8, 128)),  # noqa: B008
     *,
     axis_name: AxisName,
-    mask_ratio: float = 0.5,
+    ratio: float = 0.5,
     staleness: int = 0,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
@@ -62,7 +64,7 @@ def cocktail_sgd(
             and ``blockwise`` in a chain by default. Every owner's part has its own.
         axis_name: the workers' axis, or ``("node", "local")``: then updates are
             averaged in full precision inside the node and nodes are the workers.
-        mask_ratio: share of entries inside the mask, in (0, 1]; static. The same places
+        ratio: share of entries inside the mask, in (0, 1]; static. The same places
             of every part; at least one.
         staleness: 0, or 1 for an exchange that may overlap with the next step; static.
         bucket_bytes: target bucket size in bytes (static).
@@ -84,7 +86,7 @@ def cocktail_sgd(
 
     Communication:
         For each bucket one all-to-all and one all-gather of payloads for
-        ``mask_ratio`` N/n elements. The mask does not travel.
+        ``ratio`` N/n elements. The mask does not travel.
 
     State:
         Three trees like params in float32: the shared copy, equal on all workers, and
@@ -105,16 +107,16 @@ def cocktail_sgd(
 
     Example:
         >>> from bagua_jax.compressors import identity
-        >>> tx = cocktail_sgd(identity(), axis_name="workers", mask_ratio=1.0)
+        >>> tx = cocktail_sgd(identity(), axis_name="workers", ratio=1.0)
         >>> params, updates = jnp.array([[4.0], [4.0]]), jnp.array([[4.0], [0.0]])
         >>> step = lambda u, x: x + tx.update(u, tx.init(x), x)[0]
         >>> jax.vmap(step, axis_name="workers")(updates, params).ravel().tolist()
         [6.0, 6.0]
     """
     caller = "cocktail_sgd"
-    if isinstance(mask_ratio, bool) or not 0 < mask_ratio <= 1:
+    if isinstance(ratio, bool) or not 0 < ratio <= 1:
         raise ValueError(
-            f"cocktail_sgd: mask_ratio must be in (0, 1], got {mask_ratio!r}. 1 leaves "
+            f"cocktail_sgd: ratio must be in (0, 1], got {ratio!r}. 1 leaves "
             "the choice to the compressor."
         )
     checks.require_at_least(caller, "staleness", staleness, 0, "It is in steps.")
@@ -151,7 +153,7 @@ def cocktail_sgd(
             size = shard.value.shape[0]
             length = -(-size // n)
             mask_key, codec_key = jax.random.split(key)
-            inside = draw_places(mask_key, length, kept(mask_ratio, length))
+            inside = draw_places(mask_key, length, kept(ratio, length))
             check(inside.shape[0])
 
             def parts(x):  # a row for each owner, whatever the mask

@@ -13,6 +13,7 @@ from bagua_jax.algorithms.feedback import ErrorFeedback, init_errors
 from bagua_jax.compatibility import is_stateful
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName, Errors
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["CompressedMeanState", "Plan", "choose_plan", "compressed_mean"]
 
@@ -32,12 +33,13 @@ class CompressedMeanState(NamedTuple):
     ]  # a stateful compressor's state for each bucket, worker-local
 
 
+@takes_old_names
 def compressed_mean(
     compressor: Compressor,
     *,
     axis_name: AxisName,
     plan: Plan | None = None,
-    error_feedback: ErrorFeedback | None = None,
+    error_feedback: ErrorFeedback | Literal["auto"] = "auto",
     unsafe: bool = False,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
@@ -86,8 +88,8 @@ def compressed_mean(
             compressors and for payloads below half a bit per element, else
             ``scatter_reduce``.
         error_feedback: where the errors d (``"worker"``) and e (``"owner"``) are kept:
-            there, at ``"both"`` ends, or at ``"none"``. Where ``None``: none for
-            unbiased compressors and for ``cast`` to 8 bits, else wherever something is
+            there, at ``"both"`` ends, or at ``"none"``. ``"auto"``: none for unbiased
+            compressors and for ``cast`` to 8 bits, else wherever something is
             compressed.
         unsafe: take a compressor all the same whose bias would be lost, or whose error
             feedback makes grow: the baseline that shows what the rule is for.
@@ -146,10 +148,10 @@ def compressed_mean(
     caller = "compressed_mean"
     plan = choose_plan(compressor) if plan is None else plan
     checks.require_choice(caller, "plan", plan, get_args(Plan))
-    if error_feedback is None:
+    if error_feedback == "auto":
         everywhere = "both" if plan == "scatter_reduce" else "worker"
         error_feedback = "none" if _stands_alone(compressor) else everywhere
-    choices = ("none", "worker", "owner", "both")
+    choices = (*get_args(ErrorFeedback), "auto")
     checks.require_choice(caller, "error_feedback", error_feedback, choices)
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
     _require_plan(compressor, plan, error_feedback, axis_name)

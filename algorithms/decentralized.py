@@ -8,6 +8,7 @@ import optax
 
 from bagua_jax import buckets, checks, primitives, schedules, topologies
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 from bagua_jax.topologies import Topology
 
 __all__ = ["DecentralizedState", "decentralized"]
@@ -19,11 +20,12 @@ class DecentralizedState(NamedTuple):
     count: jax.Array  # [] int32, steps taken; equal on all workers
 
 
+@takes_old_names
 def decentralized(
     *,
     axis_name: AxisName,
     topology: str | Topology = "ring",
-    communication_interval: int = 1,
+    local_steps: int = 1,
     combine: Literal["before", "after"] = "before",
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
 ) -> optax.GradientTransformationExtraArgs:
@@ -33,7 +35,7 @@ def decentralized(
     ``params``, returns ``new_params - params`` of this worker, varying. The optimizer's
     own state is not mixed.
 
-    On steps 0, H, 2H, ... (H = ``communication_interval``), with the topology's next W:
+    On steps 0, H, 2H, ... (H = ``local_steps``), with the topology's next W:
 
     .. math::
         \text{before:}\quad x_i' = \sum_j W_{ij} x_j + u_i \qquad
@@ -48,7 +50,7 @@ def decentralized(
         topology: a name, built for the axis's size at trace time, or a ``Topology``.
             ``"complete"`` is the original's ``all``, ``"shift_one"`` its pairs. A
             rotating topology moves on with each communication, not with each step.
-        communication_interval: H, at least 1; static.
+        local_steps: H, at least 1; static.
         combine: whether mixing comes before the update, as in the original (combine,
             then adapt), or after it (adapt, then combine); static.
         bucket_bytes: target message size in bytes (static).
@@ -89,9 +91,7 @@ def decentralized(
     """
     caller = "decentralized"
     topologies.require_known(topology, caller)
-    checks.require_at_least(
-        caller, "communication_interval", communication_interval, 1, "It is in steps."
-    )
+    checks.require_at_least(caller, "local_steps", local_steps, 1, "It is in steps.")
     checks.require_choice(caller, "combine", combine, ("before", "after"))
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
 
@@ -105,7 +105,7 @@ def decentralized(
         n = primitives.num_peers(axis_name, caller)
         graph = topologies.resolve(topology, n, caller)
         plan = buckets.plan(params, bucket_bytes, axis_name)
-        communication, since = jnp.divmod(state.count, communication_interval)
+        communication, since = jnp.divmod(state.count, local_steps)
 
         def mix(x):
             return plan.unpack(
@@ -117,9 +117,7 @@ def decentralized(
 
         def combined(x):
             x = primitives.worker_local(x, axis_name)
-            return schedules.every(
-                since == 0, communication_interval, mix, lambda x: x, x
-            )
+            return schedules.every(since == 0, local_steps, mix, lambda x: x, x)
 
         if combine == "before":
             moved = optax.tree.sub(combined(params), params)

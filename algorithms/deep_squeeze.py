@@ -18,6 +18,7 @@ from bagua_jax import (
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 from bagua_jax.topologies import Topology
 
 __all__ = ["DeepSqueezeState", "deep_squeeze"]
@@ -32,12 +33,13 @@ class DeepSqueezeState(NamedTuple):
     # worker-local
 
 
+@takes_old_names
 def deep_squeeze(
     compressor: Compressor,
     *,
     axis_name: AxisName,
     topology: str | Topology = "ring",
-    mixing_rate: float,
+    consensus_step_size: float,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,7 +58,7 @@ def deep_squeeze(
             are averaged and nodes gossip, each device a shard.
         topology: a name, built for the axis's size, or a ``Topology``; doubly
             stochastic and of period 1.
-        mixing_rate: eta > 0: 1 without compression, the smaller the coarser C.
+        consensus_step_size: eta > 0: 1 without compression, the smaller the coarser C.
         bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
@@ -95,7 +97,7 @@ def deep_squeeze(
     Example:
         >>> from bagua_jax import compressors
         >>> tx = deep_squeeze(compressors.identity(), axis_name="workers",
-        ...                   mixing_rate=0.5)
+        ...                   consensus_step_size=0.5)
         >>> params, updates = jnp.zeros((3, 1)), jnp.array([[6.0], [0.0], [0.0]])
         >>> step = lambda u, x: x + tx.update(u, tx.init(x), x)[0]
         >>> x = jax.vmap(step, axis_name="workers")(updates, params)
@@ -106,7 +108,9 @@ def deep_squeeze(
     topologies.require_known(topology, caller)
     if isinstance(topology, Topology):
         _require_graph(topology, caller)
-    checks.require_within(caller, "mixing_rate", mixing_rate, 0, open_below=True)
+    checks.require_within(
+        caller, "consensus_step_size", consensus_step_size, 0, open_below=True
+    )
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
     check = compatibility.require_compressor(caller, compressor, compatibility.FED_BACK)
     padding = compressor.facts.padding
@@ -137,7 +141,7 @@ def deep_squeeze(
                 v, compressor, mixing, axis_name=peers, key=key
             )
             mixed = primitives.mix(own, tuple(theirs), mixing, axis_name=peers)
-            x = shard.value + mixing_rate * (mixed - own)
+            x = shard.value + consensus_step_size * (mixed - own)
             return shard.gather(x), shard.put(v - own)
 
         x, error = primitives.worker_local(

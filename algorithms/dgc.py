@@ -10,6 +10,7 @@ from bagua_jax import buckets, checks, precision, primitives
 from bagua_jax.compressors import topk
 from bagua_jax.compressors.numerics import is_finite
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["DGCState", "dgc"]
 
@@ -21,11 +22,12 @@ class DGCState(NamedTuple):
     error: optax.Updates  # like params, float32, worker-local; v, what was not sent
 
 
+@takes_old_names
 def dgc(
     *,
     axis_name: AxisName,
+    ratio: float = 0.001,
     momentum: float = 0.9,
-    density: float = 0.001,
     clip: float | None = None,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,9 +50,9 @@ def dgc(
     Args:
         axis_name: the workers' axis, or ``("node", "local")``: then gradients are
             averaged in full precision inside the node and nodes are the workers.
-        momentum: m, in [0, 1).
-        density: k over the elements of a bucket, in (0, 1]; at least one element is
+        ratio: k over the elements of a bucket, in (0, 1]; at least one element is
             sent. Static.
+        momentum: m, in [0, 1).
         clip: largest norm of the whole gradient, > 0: every worker clips its own at
             clip/sqrt(n) before it is accumulated. ``None`` for no clipping.
         bucket_bytes: target bucket size in bytes (static). 1 selects in every leaf.
@@ -72,12 +74,12 @@ def dgc(
 
     Theory:
         Nothing is lost: what was sent over time and v add up to the sum of all u. With
-        m = 0 it is error feedback with top-k; at density 1 masking empties u at every
+        m = 0 it is error feedback with top-k; at ratio 1 masking empties u at every
         step and plain SGD is left, whatever m.
 
     Differences from the paper:
         k is fixed, not found by a threshold on a sample. The k largest are those of a
-        bucket, not of a layer, and small layers are not sent densely. The density has
+        bucket, not of a layer, and small layers are not sent densely. The ratio has
         no warm-up; chain runs of several densities for that. No Nesterov momentum.
 
     References:
@@ -85,7 +87,7 @@ def dgc(
         Distributed Training`, 2018 (arXiv 1712.01887).
 
     Example:
-        >>> tx = dgc(axis_name="workers", density=0.5)
+        >>> tx = dgc(axis_name="workers", ratio=0.5)
         >>> grads = jnp.array([[1.0, 2.0], [3.0, 1.0]])
         >>> step = lambda g: tx.update(g, tx.init(g))[0]
         >>> jax.vmap(step, axis_name="workers")(grads)[0].tolist()
@@ -96,12 +98,12 @@ def dgc(
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
     if clip is not None:
         checks.require_within(caller, "clip", clip, 0, open_below=True)
-    if isinstance(density, bool) or not 0 < density <= 1:
+    if isinstance(ratio, bool) or not 0 < ratio <= 1:
         raise ValueError(
-            f"dgc: density must be in (0, 1], got {density!r}. 0.001 sends one element "
+            f"dgc: ratio must be in (0, 1], got {ratio!r}. 0.001 sends one element "
             "of a thousand."
         )
-    compressor = topk(density)
+    compressor = topk(ratio)
 
     def init_fn(params):
         checks.require_floats(params, caller)

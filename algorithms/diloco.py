@@ -26,12 +26,12 @@ class DiLoCoState(NamedTuple):
 
 
 def diloco(
+    compressor: Compressor | None = None,
     *,
     axis_name: AxisName,
     local_steps: int,
     outer_learning_rate: float = 0.7,
     outer_momentum: float = 0.9,
-    compressor: Compressor | None = None,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,12 +53,12 @@ def diloco(
     eta and beta must be, else models grow without end.
 
     Args:
+        compressor: of outer gradients, stateless, a contraction; ``None`` averages them
+            exactly.
         axis_name: the workers' axis, or ``("node", "local")``.
         local_steps: H, at least 1; 500 in the paper; static.
         outer_learning_rate: eta > 0.
         outer_momentum: beta in [0, 1).
-        compressor: of outer gradients, stateless, a contraction; ``None`` averages them
-            exactly.
         bucket_bytes: target message size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 

@@ -9,6 +9,7 @@ import optax
 from bagua_jax import buckets, checks, schedules
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["LocalSGDState", "local_sgd"]
 
@@ -19,11 +20,12 @@ class LocalSGDState(NamedTuple):
     count: jax.Array  # [] int32, steps taken; equal on all workers
 
 
+@takes_old_names
 def local_sgd(
     *,
     axis_name: AxisName,
     local_steps: int,
-    start_step: int = 0,
+    warmup_steps: int = 0,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Average the models every H steps (local SGD; post-local with a start).
@@ -36,13 +38,13 @@ def local_sgd(
         x_i \leftarrow x_i + u_i;\qquad
         x_i \leftarrow \tfrac1n \sum_j x_j \ \text{ after every H-th step}
 
-    Before ``start_step`` H is 1: models are averaged after every step. Post-local SGD
+    Before ``warmup_steps`` H is 1: models are averaged after every step. Post-local SGD
     starts at the first fall of the learning rate.
 
     Args:
         axis_name: the workers' axis, or ``("node", "local")``.
         local_steps: H, at least 1; static.
-        start_step: steps before the first local one, at least 0; static.
+        warmup_steps: steps before the first local one, at least 0; static.
         bucket_bytes: target message size in bytes (static).
 
     Returns:
@@ -55,7 +57,7 @@ def local_sgd(
 
     Communication:
         One all-reduce of the parameters for each bucket, every H steps; every step
-        before ``start_step``.
+        before ``warmup_steps``.
 
     State: a counter, equal on all workers.
 
@@ -73,7 +75,7 @@ def local_sgd(
 
     References:
         Stich, `Local SGD Converges Fast and Communicates Little`, 2019. Lin et al.,
-        `Don't Use Large Mini-Batches, Use Local SGD`, 2020, for ``start_step``.
+        `Don't Use Large Mini-Batches, Use Local SGD`, 2020, for ``warmup_steps``.
 
     Example:
         >>> tx = local_sgd(axis_name="workers", local_steps=1)
@@ -84,7 +86,7 @@ def local_sgd(
     """
     caller = "local_sgd"
     checks.require_at_least(caller, "local_steps", local_steps, 1, "It is H, in steps.")
-    checks.require_at_least(caller, "start_step", start_step, 0, "It is in steps.")
+    checks.require_at_least(caller, "warmup_steps", warmup_steps, 0, "It is in steps.")
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
 
     def init_fn(params):
@@ -95,7 +97,7 @@ def local_sgd(
         del extra_args
         checks.require_weights(updates, params, axis_name, caller)
         plan = buckets.plan(params, bucket_bytes, axis_name)
-        step = state.count - start_step
+        step = state.count - warmup_steps
 
         def average(x):
             return weights.average(x, plan, axis_name)

@@ -10,6 +10,7 @@ from bagua_jax import buckets, checks, compatibility, primitives, schedules, top
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor, minmax_uint8
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 from bagua_jax.topologies import Topology
 
 __all__ = ["LowPrecisionDecentralizedState", "low_precision_decentralized"]
@@ -24,12 +25,13 @@ class LowPrecisionDecentralizedState(NamedTuple):
     # for each send of the topology; like params in float32, worker-local
 
 
+@takes_old_names
 def low_precision_decentralized(
+    compressor: Compressor = minmax_uint8(),  # noqa: B008  (immutable)
     *,
     axis_name: AxisName,
     topology: str | Topology = "ring",
-    compressor: Compressor = minmax_uint8(),  # noqa: B008  (immutable)
-    communication_interval: int = 1,
+    local_steps: int = 1,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,12 +54,12 @@ def low_precision_decentralized(
     was sent, so that a worker's copy of a neighbour equals the neighbour's own.
 
     Args:
+        compressor: stateless; one range or norm for each bucket.
         axis_name: the workers' axis, or ``("node", "local")``: then devices of a node
             are averaged and nodes mix, each device a shard.
         topology: a name, built for the axis's size, or a ``Topology``; symmetric and
             of period 1.
-        compressor: stateless; one range or norm for each bucket.
-        communication_interval: H, at least 1; static.
+        local_steps: H, at least 1; static.
         bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 
@@ -109,9 +111,7 @@ def low_precision_decentralized(
     topologies.require_known(topology, caller)
     if isinstance(topology, Topology):
         _require_symmetric_static(topology, caller)
-    checks.require_at_least(
-        caller, "communication_interval", communication_interval, 1, "It is in steps."
-    )
+    checks.require_at_least(caller, "local_steps", local_steps, 1, "It is in steps.")
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")
     compatibility.require_compressor(caller, compressor, compatibility.REPLICATED)
     padding = compressor.facts.padding
@@ -154,8 +154,8 @@ def low_precision_decentralized(
             return primitives.worker_local(x, axis_name), tuple(replicas)
 
         x, replicas = schedules.every(
-            state.count % communication_interval == 0,
-            communication_interval,
+            state.count % local_steps == 0,
+            local_steps,
             communicate,
             lambda x, replicas: (x, replicas),
             weights.adapt(params, updates, axis_name),

@@ -28,8 +28,8 @@ class MoniquaState(NamedTuple):
 def moniqua(
     *,
     axis_name: AxisName,
-    theta: optax.ScalarOrSchedule,
     topology: str | Topology = "ring",
+    theta: optax.ScalarOrSchedule,
     bits: int = 8,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,13 +57,13 @@ def moniqua(
     Args:
         axis_name: the workers' axis, or ``("node", "local")``: then devices of a node
             are averaged and nodes mix, each device a shard.
+        topology: a name, built for the axis's size at trace time, or a ``Topology``;
+            doubly stochastic; it may rotate. For few bits one with large self weights,
+            such as ``topologies.ring(n, self_weight=0.9)``.
         theta: > 0, more than any element of the models of two neighbours differs by
             when they exchange; a number, or a schedule of steps already taken (such as
             a multiple of the learning rate). Beyond it a difference is recovered
             wrong by a multiple of B, and **nothing tells**: the step is silently wrong.
-        topology: a name, built for the axis's size at trace time, or a ``Topology``;
-            doubly stochastic; it may rotate. For few bits one with large self weights,
-            such as ``topologies.ring(n, self_weight=0.9)``.
         bits: b, 1 .. 16, of an element; static. Nine and more travel as two bytes.
         bucket_bytes: target bucket size in bytes (static).
 

@@ -27,13 +27,13 @@ class OneBitAdamState(NamedTuple):
 
 def one_bit_adam(
     learning_rate: optax.ScalarOrSchedule,
+    compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     *,
     axis_name: AxisName,
     warmup_steps: int = 100,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,6 +62,8 @@ def one_bit_adam(
 
     Args:
         learning_rate: gamma; a number, or a schedule of steps already taken.
+        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
+            none on vectors of few large elements. ``sign("l1")`` always is one.
         axis_name: the workers' axis, or ``("node", "local")``.
         warmup_steps: W, at least 1; static. 15 to 25 % of the run in the paper; below
             a few times 1/(1 - b2) the frozen variance is small, as it is not corrected
@@ -69,8 +71,6 @@ def one_bit_adam(
         b1: beta_1, decay of the momentum, in [0, 1).
         b2: beta_2, decay of the second moment, in [0, 1).
         eps: added to the denominator, > 0.
-        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
-            none on vectors of few large elements. ``sign("l1")`` always is one.
         bucket_bytes: target bucket size in bytes, counted in the updates' dtype;
             static. Every part of a bucket has one scale.
         seed: of the key that a stochastic compressor draws from.

@@ -34,6 +34,7 @@ class OneBitLambState(NamedTuple):
 
 def one_bit_lamb(
     learning_rate: optax.ScalarOrSchedule,
+    compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     *,
     axis_name: AxisName,
     warmup_steps: int = 100,
@@ -47,7 +48,6 @@ def one_bit_lamb(
     factor_max: float = 4.0,
     factor_min: float = 0.5,
     factor_threshold: float = 0.1,
-    compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -87,6 +87,8 @@ def one_bit_lamb(
 
     Args:
         learning_rate: gamma; a number, or a schedule of steps already taken.
+        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
+            none on vectors of few large elements. ``sign("l1")`` always is one.
         axis_name: the workers' axis, or ``("node", "local")``.
         warmup_steps: W, at least 1; static. Several times 1/(1 - coeff_beta), over
             which the layers' ratios are averaged.
@@ -100,8 +102,6 @@ def one_bit_lamb(
         factor_max: largest r, 1 or more.
         factor_min: smallest r, in (0, 1).
         factor_threshold: theta, by which share r may change in a step, in [0, 1).
-        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
-            none on vectors of few large elements. ``sign("l1")`` always is one.
         bucket_bytes: target bucket size in bytes, counted in the updates' dtype;
             static. Every part of a bucket has one scale.
         seed: of the key that a stochastic compressor draws from.

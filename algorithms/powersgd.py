@@ -10,6 +10,7 @@ from jax import lax
 
 from bagua_jax import buckets, checks, precision, primitives, schedules
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["PowerSGDState", "powersgd"]
 
@@ -22,11 +23,12 @@ class PowerSGDState(NamedTuple):
     error: optax.Updates  # like params, float32, worker-local; zero where sent exactly
 
 
+@takes_old_names
 def powersgd(
     *,
     axis_name: AxisName,
     rank: int = 2,
-    start_step: int = 0,
+    warmup_steps: int = 0,
     min_compression: float = 2.0,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,7 +55,7 @@ def powersgd(
         axis_name: the workers' axis, or ``("node", "local")``. The method is linear, so
             that a hierarchy changes how factors are added up, and nothing else.
         rank: r, at least 1; static.
-        start_step: steps that average exactly first, at least 0; static. Early
+        warmup_steps: steps that average exactly first, at least 0; static. Early
             gradients change fast; 10 % of the run is common.
         min_compression: by how much factors must be smaller than a matrix, at least 1;
             static.
@@ -70,7 +72,7 @@ def powersgd(
 
     Communication:
         Two all-reduces of float32: of all P and all exact leaves, then of all Q', (m +
-        c) r elements for a matrix. Before ``start_step`` one of everything.
+        c) r elements for a matrix. Before ``warmup_steps`` one of everything.
 
     State:
         Q of each matrix, equal on all workers, and a tree of errors like params,
@@ -104,7 +106,7 @@ def powersgd(
     """
     caller = "powersgd"
     checks.require_at_least(caller, "rank", rank, 1, "1, 2 and 4 are common.")
-    checks.require_at_least(caller, "start_step", start_step, 0, "It counts steps.")
+    checks.require_at_least(caller, "warmup_steps", warmup_steps, 0, "It counts steps.")
     checks.require_within(caller, "min_compression", min_compression, 1)
 
     def is_compressed(leaf) -> bool:
@@ -180,9 +182,9 @@ def powersgd(
                     new_errors[i] = (corrected[g][k] - estimate[k]).reshape(shape)
             return [means[i] for i in range(len(leaves))], new_bases, new_errors
 
-        if start_step and groups:
+        if warmup_steps and groups:
             mean, bases, errors = schedules.switch(
-                (state.count >= start_step).astype(jnp.int32),
+                (state.count >= warmup_steps).astype(jnp.int32),
                 [exact, low_rank],
                 shares=(0, 1),
             )

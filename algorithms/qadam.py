@@ -27,6 +27,7 @@ class QAdamState(NamedTuple):
 
 def qadam(
     learning_rate: optax.ScalarOrSchedule,
+    compressor: Compressor = minmax_uint8(),  # noqa: B008  (immutable)
     *,
     axis_name: AxisName,
     warmup_steps: int = 100,
@@ -34,7 +35,6 @@ def qadam(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    compressor: Compressor = minmax_uint8(),  # noqa: B008  (immutable)
     error_feedback: ErrorFeedback = "none",
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
@@ -66,6 +66,8 @@ def qadam(
 
     Args:
         learning_rate: gamma; a number, or a schedule of steps already taken.
+        compressor: stateless; of the momentum. A contraction with error feedback; of
+            small error without.
         axis_name: the workers' axis, or ``("node", "local")``.
         warmup_steps: W, at least 2; static.
         b1: beta_1, decay of the momentum, in [0, 1).
@@ -74,8 +76,6 @@ def qadam(
             warm-up, the frozen variance stays tiny and the momentum's compression error
             weighs heavily: then warm up longer or choose a larger eps.
         weight_decay: lambda, decoupled; needs params where it is not 0.
-        compressor: stateless; of the momentum. A contraction with error feedback; of
-            small error without.
         error_feedback: ``"none"``, ``"worker"``, ``"owner"`` or ``"both"``; static.
         bucket_bytes: target bucket size in bytes (static).
         seed: of the key that a stochastic compressor draws from.

@@ -23,9 +23,9 @@ class QuasiGlobalMomentumState(NamedTuple):
 
 
 def quasi_global_momentum(
+    learning_rate: optax.ScalarOrSchedule,
     *,
     axis_name: AxisName,
-    learning_rate: optax.ScalarOrSchedule,
     topology: str | Topology = "ring",
     momentum: float = 0.9,
     smoothing: float = 0.9,
@@ -47,11 +47,11 @@ def quasi_global_momentum(
         \hat m_i &\leftarrow \mu\, \hat m_i + (1 - \mu)\, \frac{x_i - x_i'}{\gamma}
 
     Args:
-        axis_name: the workers' axis, or ``("node", "local")``: then devices of a node
-            are averaged and nodes mix.
         learning_rate: gamma of the optimizer before it, a number or a schedule of steps
             already taken; the direction is kept in units of gradients, so that it
             outlives a fall. A step of rate 0 leaves no trace in it.
+        axis_name: the workers' axis, or ``("node", "local")``: then devices of a node
+            are averaged and nodes mix.
         topology: a name, built for the axis's size at trace time, or a ``Topology``;
             doubly stochastic; it may rotate.
         momentum: beta in [0, 1), the share of the direction in a step.

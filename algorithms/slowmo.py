@@ -9,6 +9,7 @@ import optax
 from bagua_jax import buckets, checks, schedules
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["SlowMoState", "slowmo"]
 
@@ -21,13 +22,14 @@ class SlowMoState(NamedTuple):
     slow_velocity: optax.Updates  # u, in units of a gradient; typed varying
 
 
+@takes_old_names
 def slowmo(
+    learning_rate: optax.ScalarOrSchedule,
     *,
     axis_name: AxisName,
     local_steps: int,
-    learning_rate: optax.ScalarOrSchedule,
-    slow_momentum: float = 0.5,
-    slow_learning_rate: float = 1.0,
+    outer_learning_rate: float = 1.0,
+    outer_momentum: float = 0.5,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Average every H steps, with momentum on the averaged move (SlowMo).
@@ -44,12 +46,12 @@ def slowmo(
         x_i, \hat x \leftarrow \hat x - \alpha \gamma v
 
     Args:
-        axis_name: the workers' axis, or ``("node", "local")``.
-        local_steps: H, at least 1; static.
         learning_rate: gamma of the optimizer before it, a number or a schedule of steps
             already taken; v is kept in units of gradients, so that it outlives a fall.
-        slow_momentum: beta in [0, 1); the paper tunes it from 0.4 to 0.8.
-        slow_learning_rate: alpha > 0.
+        axis_name: the workers' axis, or ``("node", "local")``.
+        local_steps: H, at least 1; static.
+        outer_learning_rate: alpha > 0.
+        outer_momentum: beta in [0, 1); the paper tunes it from 0.4 to 0.8.
         bucket_bytes: target message size in bytes (static).
 
     Returns:
@@ -68,7 +70,7 @@ def slowmo(
         Two trees like params in float32, equal on all workers.
 
     Theory:
-        ``slow_momentum=0, slow_learning_rate=1`` is ``local_sgd``. On a quadratic of
+        ``outer_momentum=0, outer_learning_rate=1`` is ``local_sgd``. On a quadratic of
         curvature h, with :math:`s = 1 - (1 - \gamma h)^H`, the outer iteration has the
         polynomial :math:`z^2 - (1 + \beta - \alpha s) z + \beta`: stable where
         :math:`\alpha s < 2 (1 + \beta)`.
@@ -83,7 +85,7 @@ def slowmo(
 
     Example:
         >>> tx = slowmo(axis_name="workers", local_steps=1, learning_rate=1.0,
-        ...             slow_learning_rate=0.5)
+        ...             outer_learning_rate=0.5)
         >>> params, updates = jnp.array([[4.0], [4.0]]), jnp.array([[4.0], [0.0]])
         >>> step = lambda u, x: x + tx.update(u, tx.init(x), x)[0]
         >>> jax.vmap(step, axis_name="workers")(updates, params).ravel().tolist()
@@ -91,9 +93,9 @@ def slowmo(
     """
     caller = "slowmo"
     checks.require_at_least(caller, "local_steps", local_steps, 1, "It is H, in steps.")
-    checks.require_within(caller, "slow_momentum", slow_momentum, 0, 1)
+    checks.require_within(caller, "outer_momentum", outer_momentum, 0, 1)
     checks.require_within(
-        caller, "slow_learning_rate", slow_learning_rate, 0, open_below=True
+        caller, "outer_learning_rate", outer_learning_rate, 0, open_below=True
     )
     if not callable(learning_rate):
         checks.require_within(
@@ -119,13 +121,13 @@ def slowmo(
         def step_slowly(x, anchor, velocity):
             mean = weights.average(x, plan, axis_name)
             velocity = jax.tree.map(
-                lambda v, a, m: slow_momentum * v + (a - m) / rate,
+                lambda v, a, m: outer_momentum * v + (a - m) / rate,
                 velocity,
                 anchor,
                 mean,
             )
             anchor = jax.tree.map(
-                lambda a, v: a - slow_learning_rate * rate * v, anchor, velocity
+                lambda a, v: a - outer_learning_rate * rate * v, anchor, velocity
             )
             return anchor, anchor, velocity
 

@@ -28,6 +28,7 @@ class StreamingDiLoCoState(NamedTuple):
 
 
 def streaming_diloco(
+    compressor: Compressor | None = None,
     *,
     axis_name: AxisName,
     local_steps: int,
@@ -36,7 +37,6 @@ def streaming_diloco(
     mixing: float = 0.5,
     outer_learning_rate: float = 0.7,
     outer_momentum: float = 0.9,
-    compressor: Compressor | None = None,
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -65,6 +65,8 @@ def streaming_diloco(
     eta and beta must be, else models grow without end.
 
     Args:
+        compressor: of outer gradients, stateless, a contraction, such as
+            ``blockwise(bits=4)``; ``None`` averages them exactly.
         axis_name: the workers' axis, or ``("node", "local")``.
         local_steps: H, at least 1, between two turns of a fragment; static.
         fragments: P, 1 .. H, so that no two have a turn at once; those beyond the
@@ -73,8 +75,6 @@ def streaming_diloco(
         mixing: alpha in [0, 1), the share of one's own model that outlives a merging.
         outer_learning_rate: eta > 0.
         outer_momentum: beta in [0, 1).
-        compressor: of outer gradients, stateless, a contraction, such as
-            ``blockwise(bits=4)``; ``None`` averages them exactly.
         bucket_bytes: target message size in bytes (static).
         seed: of the key that a stochastic compressor draws from.
 

@@ -31,6 +31,7 @@ class ZeroOneAdamState(NamedTuple):
 
 def zero_one_adam(
     learning_rate: optax.ScalarOrSchedule,
+    compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     *,
     axis_name: AxisName,
     var_freeze_step: int = 100,
@@ -40,7 +41,6 @@ def zero_one_adam(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    compressor: Compressor = sign("l2"),  # noqa: B008  (immutable)
     bucket_bytes: int = buckets.DEFAULT_BUCKET_BYTES,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -73,6 +73,8 @@ def zero_one_adam(
 
     Args:
         learning_rate: gamma; a number, or a schedule of steps already taken.
+        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
+            none on vectors of few large elements. ``sign("l1")`` always is one.
         axis_name: the workers' axis, or ``("node", "local")``: then u is averaged in
             full precision inside the node first.
         var_freeze_step: F, at least 1; static. Usually the end of the learning rate's
@@ -86,8 +88,6 @@ def zero_one_adam(
             kappa log2(1 + F/kappa), and v is not corrected for its start at zero: with
             less than a few times 1/(1 - b2) of them steps are too long.
         eps: added to the denominator, > 0.
-        compressor: C, stateless; a contraction, or the paper's ``sign("l2")``, which is
-            none on vectors of few large elements. ``sign("l1")`` always is one.
         bucket_bytes: target bucket size in bytes, counted in the updates' dtype;
             static. Every part of a bucket has one scale.
         seed: of the key that a stochastic compressor draws from.

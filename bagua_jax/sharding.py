@@ -8,6 +8,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from bagua_jax import checks
+from bagua_jax.renamed import takes_old_names
 
 __all__ = ["ShardedState", "sharded"]
 
@@ -19,20 +20,21 @@ class ShardedState(NamedTuple):
     whole: Any  # of the leaves that every device of the worker holds whole
 
 
+@takes_old_names
 def sharded(
     tx: optax.GradientTransformation,
     specs: Any,
     *,
-    axis_name: str = "model",
+    shard_axis: str = "model",
     num_shards: int,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Exchange each shard of the parameters among the devices that hold it.
 
     A worker may be a group of m devices that share its parameters (tensor or fully
-    sharded parallelism): a mesh with the workers' axis and ``axis_name``, which
+    sharded parallelism): a mesh with the workers' axis and ``shard_axis``, which
     ``shard_map(axis_names={"workers"})`` leaves to GSPMD. A relaxation that flattens
     parameters into vectors would make GSPMD gather them first. Here the transform runs
-    in a nested ``shard_map`` over ``axis_name``, with the parameters' own specs: each
+    in a nested ``shard_map`` over ``shard_axis``, with the parameters' own specs: each
     device exchanges its shard with its peers in the other workers, and nothing is
     gathered.
 
@@ -48,21 +50,21 @@ def sharded(
         tx: any of our transforms, with the workers' ``axis_name``, or a chain of them.
             What needs the whole tree, such as a clip by global norm, stands outside.
         specs: the parameters' ``PartitionSpec``s, a tree or a prefix of one; each
-            names ``axis_name`` at one dimension at most, and no other axis.
-        axis_name: the mesh axis over which a worker's parameters are sharded.
+            names ``shard_axis`` at one dimension at most, and no other axis.
+        shard_axis: the mesh axis over which a worker's parameters are sharded.
         num_shards: m, its size; divides each sharded dimension; static.
 
     Returns:
         A transform whose updates are sharded as the parameters are.
 
     Raises:
-        ValueError: if a spec names another axis or ``axis_name`` twice, a dimension is
+        ValueError: if a spec names another axis or ``shard_axis`` twice, a dimension is
             not divisible by m, or the mesh's axis has another size.
 
     Communication:
         That of ``tx`` on a tree 1/m the size, from each device, and that of ``tx`` on
         the leaves that are not sharded, which each device of a worker repeats. Nothing
-        over ``axis_name``.
+        over ``shard_axis``.
 
     State:
         That of ``tx``, once for each shard and once for what is not sharded.
@@ -72,7 +74,7 @@ def sharded(
         (``gradient_allreduce``, ``local_sgd``, gossip in full precision). A compressor
         sees each shard as a vector, or matrix, of its own: its constants hold with d/m
         elements. ``powersgd`` approximates each shard of a matrix; without this wrapper
-        GSPMD keeps its numbers, and adds up the small factors over ``axis_name``.
+        GSPMD keeps its numbers, and adds up the small factors over ``shard_axis``.
 
     Example (in simulation: two shards of a matrix, exchanged apart):
         >>> from bagua_jax.algorithms import gradient_allreduce
@@ -100,10 +102,10 @@ def sharded(
         named = [d for d, axis in enumerate(spec) if axis is not None]
         if not named:
             return None
-        legal = len(named) == 1 and spec[named[0]] in (axis_name, (axis_name,))
+        legal = len(named) == 1 and spec[named[0]] in (shard_axis, (shard_axis,))
         if not legal or len(spec) > len(shape) or shape[named[0]] % num_shards:
             raise ValueError(
-                f"sharded: a spec must name {axis_name!r} once, at a dimension that "
+                f"sharded: a spec must name {shard_axis!r} once, at a dimension that "
                 f"{num_shards} divides; got {spec} for '{name}' of shape {shape}. Keep "
                 "that leaf whole (P()), or pad it."
             )
@@ -157,7 +159,7 @@ def sharded(
 
     def _each_shard(parts, states, params, like):
         sizes = dict(jax.sharding.get_abstract_mesh().shape)
-        if axis_name not in sizes:
+        if shard_axis not in sizes:
             done = []
             for k in range(num_shards):
                 state = jax.tree.map(lambda x, k=k: x[k], states)
@@ -167,23 +169,23 @@ def sharded(
             join = lambda dim, *pieces: jnp.concatenate(pieces, axis=dim)  # noqa: E731
             dims = on_shards(lambda _, dim: dim, like)
             return jax.tree.map(join, dims, *news), _stack([s for _, s in done])
-        if sizes[axis_name] != num_shards:
+        if sizes[shard_axis] != num_shards:
             raise ValueError(
                 f"sharded: num_shards must be the size of the mesh's axis "
-                f"{axis_name!r}, which is {sizes[axis_name]}; got {num_shards}."
+                f"{shard_axis!r}, which is {sizes[shard_axis]}; got {num_shards}."
             )
 
         def body(parts, states, params):
             new, states = tx.update(parts, jax.tree.map(lambda x: x[0], states), params)
             return new, jax.tree.map(lambda x: x[None], states)
 
-        placed = on_shards(lambda _, dim: P(*(None,) * dim, axis_name), like)
-        stacked = jax.tree.map(lambda _: P(axis_name), states)
+        placed = on_shards(lambda _, dim: P(*(None,) * dim, shard_axis), like)
+        stacked = jax.tree.map(lambda _: P(shard_axis), states)
         return jax.shard_map(
             body,
             in_specs=(placed, stacked, None if params is None else placed),
             out_specs=(placed, stacked),
-            axis_names={axis_name},
+            axis_names={shard_axis},
         )(parts, states, params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -49,7 +49,7 @@ N, SLOW, SLOWDOWN = 4, 3, 3.0
 MODES: dict[str, Any] = {
     "local": None,
     "synchronous": {"name": "gradient_allreduce"},
-    "rounds": {"name": "async_model_average", "period": 1},
+    "rounds": {"name": "async_model_average", "local_steps": 1},
     "rounds-u8": {
         "name": "diloco",  # whose outer step, without momentum, is the mean
         "local_steps": 1,

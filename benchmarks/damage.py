@@ -64,7 +64,7 @@ SMALL = {
     "keep_checkpoints": 3,
     "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9},
 }
-MEAN = {"name": "async_model_average", "period": 1, "label": "mean"}
+MEAN = {"name": "async_model_average", "local_steps": 1, "label": "mean"}
 KINDS: dict[str, dict[str, Any]] = {
     "simulated": {
         "where": "simulate",
@@ -78,7 +78,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "where": "devices",
         "algorithms": [
             {"name": "gradient_allreduce"},
-            {"name": "async_model_average", "period": 3, "staleness": 1},
+            {"name": "async_model_average", "local_steps": 3, "staleness": 1},
         ],
     },
     "processes": {"where": "processes", "algorithms": [{"name": "decentralized"}]},

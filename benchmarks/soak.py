@@ -55,7 +55,7 @@ ALGORITHMS = {
     "bytegrad": {"error_feedback": "both"},
     "low_precision_decentralized": {},
 }
-MEAN = [{"name": "async_model_average", "period": 1, "label": "mean"}]
+MEAN = [{"name": "async_model_average", "local_steps": 1, "label": "mean"}]
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 SAVES = {"launch": 25, "rounds": 50, "pairs": 50}
 """Steps between checkpoints."""

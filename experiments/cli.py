@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import operator
+import re
 import sys
 import traceback
 import warnings
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from bagua_jax import extras
+from bagua_jax import extras, renamed
 from bagua_jax.experiments.commands import (
     asynchronous,
     launch,
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warn
+    old_name = rf".* works until {re.escape(renamed.UNTIL)}\.$"
+    warnings.filterwarnings("default", old_name, DeprecationWarning)
     degrade(sys.stdout, sys.stderr)
     try:
         status = _main(argv)

@@ -99,8 +99,8 @@ class Rounds:
     Args:
         replica: of this worker.
         tx: a weight-side algorithm over ``workers.axis_name``, such as
-            ``async_model_average(period=1)`` or ``choco_sgd(minmax_uint8(), ...)``; see
-            :func:`make_exchange`.
+            ``async_model_average(local_steps=1)`` or
+            ``choco_sgd(minmax_uint8(), ...)``; see :func:`make_exchange`.
         workers: ``Workers.devices()``, one device for each process.
         log: where events go, one JSON line each; ``None`` for nowhere.
         interval_s: seconds to rest between rounds.
@@ -117,7 +117,7 @@ class Rounds:
         In every process, after ``bagua_jax.processes.initialize``::
 
             workers = Workers.devices()
-            tx = async_model_average(axis_name="workers", period=1)
+            tx = async_model_average(axis_name="workers", local_steps=1)
             replica = Replica(params)
             with Rounds(replica, tx, workers):
                 for batch in batches:

@@ -736,7 +736,7 @@ def deep_squeeze(
     curvature: float,
     learning_rate: float,
     *,
-    mixing_rate: float,
+    consensus_step_size: float,
     message: Message = EXACT,
     momentum: float = 0.0,
 ) -> Modes:
@@ -746,7 +746,7 @@ def deep_squeeze(
         eigenvalues: of W, that of the mean first.
         curvature: h.
         learning_rate: gamma.
-        mixing_rate: eta.
+        consensus_step_size: eta.
         message: the compressor.
         momentum: beta of the local SGD.
     """
@@ -755,7 +755,11 @@ def deep_squeeze(
         x, velocity = ops.adapt(x, velocity)
         corrected = x + error
         sent = ops.compress(corrected)
-        return x + mixing_rate * (ops.mix(sent) - sent), velocity, corrected - sent
+        return (
+            x + consensus_step_size * (ops.mix(sent) - sent),
+            velocity,
+            corrected - sent,
+        )
 
     return _linearize(
         step,
@@ -815,7 +819,12 @@ def local_sgd(
 
 
 def async_model_average(
-    n: int, curvature: float, learning_rate: float, *, period: int, staleness: int = 0
+    n: int,
+    curvature: float,
+    learning_rate: float,
+    *,
+    local_steps: int,
+    staleness: int = 0,
 ) -> Modes:
     """Model averaging whose mean arrives late, from one snapshot to the next.
 
@@ -823,12 +832,12 @@ def async_model_average(
         n: number of workers.
         curvature: h.
         learning_rate: gamma.
-        period: steps between snapshots.
-        staleness: steps from a snapshot to its use, at most the period.
+        local_steps: steps between snapshots.
+        staleness: steps from a snapshot to its use, at most ``local_steps``.
     """
 
     def one_period(ops, x, correction):
-        for step in range(1, period + 1):
+        for step in range(1, local_steps + 1):
             x = x - learning_rate * ops.gradient(x)
             if step == staleness:
                 x = x + correction
@@ -840,8 +849,8 @@ def async_model_average(
         n,
         curvature,
         learning_rate,
-        gradients=period,
-        steps=period,
+        gradients=local_steps,
+        steps=local_steps,
     )
 
 
@@ -851,8 +860,8 @@ def slowmo(
     learning_rate: float,
     *,
     local_steps: int,
-    slow_momentum: float,
-    slow_learning_rate: float = 1.0,
+    outer_momentum: float,
+    outer_learning_rate: float = 1.0,
 ) -> Modes:
     r"""Model SlowMo, from one slow step to the next.
 
@@ -864,16 +873,16 @@ def slowmo(
         curvature: h.
         learning_rate: gamma.
         local_steps: H.
-        slow_momentum: beta.
-        slow_learning_rate: alpha.
+        outer_momentum: beta.
+        outer_learning_rate: alpha.
     """
 
     def period(ops, anchor, velocity):
         x = anchor
         for _ in range(local_steps):
             x = x - learning_rate * ops.gradient(x)
-        velocity = slow_momentum * velocity + (anchor - ops.mean(x)) / learning_rate
-        return anchor - slow_learning_rate * learning_rate * velocity, velocity
+        velocity = outer_momentum * velocity + (anchor - ops.mean(x)) / learning_rate
+        return anchor - outer_learning_rate * learning_rate * velocity, velocity
 
     return _linearize(
         period,

@@ -317,7 +317,7 @@ def _compressed_mean(
     *,
     compressor: Compressor,
     plan: str | None = None,
-    error_feedback: str | None = None,
+    error_feedback: str = "auto",
     unsafe: bool = False,
 ) -> _Model:
     del unsafe  # the arithmetic is the same
@@ -330,7 +330,7 @@ def _compressed_mean(
             f"plan {plan or 'scatter_reduce'!r} compresses sums once more. Pass "
             "plan='all_gather'",
         )
-    if error_feedback is None:
+    if error_feedback == "auto":
         error_feedback = "none" if compressor.facts.unbiased else "worker"
     return _Model(
         lambda h, gamma: modes.compressed_mean(
@@ -388,10 +388,10 @@ def _decentralized(
     setting: _Setting,
     *,
     topology: str | Topology = "ring",
-    communication_interval: int = 1,
+    local_steps: int = 1,
     combine: str = "before",
 ) -> _Model:
-    _only(setting, "communication_interval", communication_interval, 1)
+    _only(setting, "local_steps", local_steps, 1)
     return _gossip(
         setting,
         modes.decentralized,
@@ -431,9 +431,9 @@ def _low_precision_decentralized(
     *,
     compressor: Compressor,
     topology: str | Topology = "ring",
-    communication_interval: int = 1,
+    local_steps: int = 1,
 ) -> _Model:
-    _only(setting, "communication_interval", communication_interval, 1)
+    _only(setting, "local_steps", local_steps, 1)
     return _gossip(
         setting,
         modes.low_precision_decentralized,
@@ -483,7 +483,7 @@ def _deep_squeeze(
     setting: _Setting,
     *,
     compressor: Compressor,
-    mixing_rate: float,
+    consensus_step_size: float,
     topology: str | Topology = "ring",
 ) -> _Model:
     return _gossip(
@@ -491,14 +491,14 @@ def _deep_squeeze(
         modes.deep_squeeze,
         topology,
         compressor,
-        mixing_rate=mixing_rate,
+        consensus_step_size=consensus_step_size,
         momentum=setting.momentum,
     )
 
 
-def _local_sgd(setting: _Setting, *, local_steps: int, start_step: int = 0) -> _Model:
+def _local_sgd(setting: _Setting, *, local_steps: int, warmup_steps: int = 0) -> _Model:
     _no_momentum(setting)
-    _only(setting, "start_step", start_step, 0)
+    _only(setting, "warmup_steps", warmup_steps, 0)
     return _Model(
         lambda h, gamma: modes.local_sgd(setting.n, h, gamma, local_steps=local_steps),
         _allreduce(setting) / local_steps,
@@ -506,15 +506,15 @@ def _local_sgd(setting: _Setting, *, local_steps: int, start_step: int = 0) -> _
 
 
 def _async_model_average(
-    setting: _Setting, *, period: int, staleness: int = 0, warmup_steps: int = 0
+    setting: _Setting, *, local_steps: int, staleness: int = 0, warmup_steps: int = 0
 ) -> _Model:
     _no_momentum(setting)
     _only(setting, "warmup_steps", warmup_steps, 0)
     return _Model(
         lambda h, gamma: modes.async_model_average(
-            setting.n, h, gamma, period=period, staleness=staleness
+            setting.n, h, gamma, local_steps=local_steps, staleness=staleness
         ),
-        _allreduce(setting) / period,
+        _allreduce(setting) / local_steps,
     )
 
 
@@ -522,8 +522,8 @@ def _slowmo(
     setting: _Setting,
     *,
     local_steps: int,
-    slow_momentum: float = 0.5,
-    slow_learning_rate: float = 1.0,
+    outer_momentum: float = 0.5,
+    outer_learning_rate: float = 1.0,
     learning_rate: float | None = None,
 ) -> _Model:
     del learning_rate  # gamma of the SGD, which is known
@@ -534,8 +534,8 @@ def _slowmo(
             h,
             gamma,
             local_steps=local_steps,
-            slow_momentum=slow_momentum,
-            slow_learning_rate=slow_learning_rate,
+            outer_momentum=outer_momentum,
+            outer_learning_rate=outer_learning_rate,
         ),
         _allreduce(setting) / local_steps,
     )

@@ -5,7 +5,7 @@ import time
 from benchmarks.network import problem, process
 from benchmarks.network.ours import Case, loss_fn
 
-CASES = {"asynchronous averaging": Case("async_model_average", {"period": 1})}
+CASES = {"asynchronous averaging": Case("async_model_average", {"local_steps": 1})}
 
 
 class Asynchronous:

@@ -45,7 +45,7 @@ CASES = {
     ),
     "low_precision_decentralized, ring": Case("low_precision_decentralized"),
     "async_model_average, period 4, staleness 1": Case(
-        "async_model_average", {"period": 4, "staleness": 1}, steps=16, before=4
+        "async_model_average", {"local_steps": 4, "staleness": 1}, steps=16, before=4
     ),
 }
 

@@ -632,8 +632,8 @@ def wire_facts(text: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         text: optimized HLO of the train step; ``None`` where it is not known.
-        arguments: of the algorithm; before its ``warmup_steps`` or ``start_step``, if
-            it has any, branches of share 0 are taken.
+        arguments: of the algorithm; before its ``warmup_steps``, if it has any,
+            branches of share 0 are taken.
 
     Returns:
         Bytes and messages of a worker on a step in the long run, the same for a step of
@@ -653,7 +653,7 @@ def wire_facts(text: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]
 
 def warmup_steps(arguments: Mapping[str, Any]) -> int:
     """Read how long the warm-up is from the arguments of an algorithm."""
-    return arguments.get("warmup_steps", arguments.get("start_step", 0))
+    return arguments.get("warmup_steps", 0)
 
 
 def in_warmup(text: str) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import compressors, topologies
+from bagua_jax import compressors, renamed, topologies
 from bagua_jax.algorithms import REGISTRY as ALGORITHMS
 from bagua_jax.compressors import Compressor
 from bagua_jax.entries import Entry
@@ -215,7 +215,10 @@ def _resolve_algorithm(
             "learning_rate and the like among its arguments."
         )
     known = parameters(algorithm.name)
-    given = dict(algorithm.arguments)
+    try:
+        given = renamed.translate(algorithm.name, algorithm.arguments)
+    except TypeError as error:  # an argument by both of its names
+        raise ConfigError(f"{where}: {error}") from None
     for name, value in given.items():
         if name not in known:
             what = f"argument of {algorithm.name}"

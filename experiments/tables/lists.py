@@ -105,7 +105,7 @@ def _constants(row: survey.Row) -> str:
         made.append(catalog.topology(arguments["topology"], _WORKERS))
     steps = {
         symbol: arguments[name]
-        for name, symbol in (("local_steps", "H"), ("period", "H"), ("staleness", "τ"))
+        for name, symbol in (("local_steps", "H"), ("staleness", "τ"))
         if isinstance(arguments.get(name), int) and arguments[name]
     }
     said = [_constant_of(thing) for thing in made]

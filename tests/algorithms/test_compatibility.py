@@ -61,7 +61,7 @@ def test_the_page_is_current():
 
 @by_label
 def test_the_registry_is_judged_by_class(user):
-    share = user.options.get("mask_ratio", 1)  # of a vector, that is compressed
+    share = user.options.get("ratio", 1)  # of a vector, that is compressed
     for compressor in fits.registered():
         kind = fits.classify(compressor, int(share * 2**16))
         verdict = VERDICTS[user.label].split()[list(fits.CLASSES).index(kind)]
@@ -91,7 +91,7 @@ TUNED = {  # rates at which the error has a limit: the class alone does not give
     ),
     "choco_sgd": {"consensus_step_size": 0.1},
     "delayed_choco": {"consensus_step_size": 0.1},
-    "deep_squeeze": {"mixing_rate": 0.1},
+    "deep_squeeze": {"consensus_step_size": 0.1},
     "qadam": {"learning_rate": 0.02, **LONGER},
     "one_bit_adam": {"learning_rate": 0.02, **LONGER},
     "one_bit_lamb": {"learning_rate": 0.02, **LONGER},

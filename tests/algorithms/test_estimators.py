@@ -151,15 +151,13 @@ TRAJECTORIES = {
         lambda: estimators.adasum(LR, [np.arange(D)]),
     ),
     "cocktail_sgd": (
-        lambda: weights(alg.cocktail_sgd(topk(0.4), **two, mask_ratio=0.6)),
+        lambda: weights(alg.cocktail_sgd(topk(0.4), **two, ratio=0.6)),
         lambda: estimators.cocktail_sgd(
             LR, TWO_BUCKETS, masks(0.6, TWO_BUCKETS), oracle_topk(0.4), 0
         ),
     ),
     "cocktail_sgd one step late": (
-        lambda: weights(
-            alg.cocktail_sgd(topk(0.4), **one, mask_ratio=0.6, staleness=1)
-        ),
+        lambda: weights(alg.cocktail_sgd(topk(0.4), **one, ratio=0.6, staleness=1)),
         lambda: estimators.cocktail_sgd(
             LR, ONE_BUCKET, masks(0.6, ONE_BUCKET), oracle_topk(0.4), 1
         ),
@@ -390,9 +388,7 @@ class TestCocktailSGD:
         return np.asarray(x), due, state
 
     def test_without_relaxations_it_averages_at_every_step(self):
-        x, _, _ = self.walk(
-            alg.cocktail_sgd(compressor=identity(), **one, mask_ratio=1.0)
-        )
+        x, _, _ = self.walk(alg.cocktail_sgd(compressor=identity(), **one, ratio=1.0))
         expected, _, _ = self.walk(alg.local_sgd(**one, local_steps=1))
         np.testing.assert_allclose(x, expected, atol=5e-6)
 
@@ -413,7 +409,7 @@ class TestCocktailSGD:
         np.testing.assert_allclose(shared[0] + held, due, atol=2e-5)
 
     def test_nothing_is_lost_between_nodes(self):
-        tx = alg.cocktail_sgd(topk(0.5), axis_name=("node", "local"), mask_ratio=0.3)
+        tx = alg.cocktail_sgd(topk(0.5), axis_name=("node", "local"), ratio=0.3)
         x, due, state = self.walk(tx, n=(2, 2))
         # Each device holds its shard of its node's error: devices add, nodes average.
         held = np.asarray(state.error.worker, float).sum(1).mean(0)
@@ -422,7 +418,7 @@ class TestCocktailSGD:
 
     def test_the_mask_is_common_and_the_same_in_every_part(self):
         """40 entries are 4 parts of 10, of which 3 places move; then time others."""
-        tx = alg.cocktail_sgd(identity(), **one, mask_ratio=0.3)
+        tx = alg.cocktail_sgd(identity(), **one, ratio=0.3)
         first, _, state = self.walk(tx, steps=1, d=40)
         places = (first[0] != 0).reshape(N, 10)
         assert (places == places[0]).all() and places[0].sum() == 3
@@ -432,7 +428,7 @@ class TestCocktailSGD:
         assert (sent == (first[0] != 0)).all()
 
     def test_what_is_not_finite_travels_outside_the_mask_too(self):
-        tx = alg.cocktail_sgd(identity(), **one, mask_ratio=0.1)
+        tx = alg.cocktail_sgd(identity(), **one, ratio=0.1)
         step = per_worker(lambda u: tx.update(u, tx.init(u), u)[0])
         for place in range(3):
             u = jnp.zeros((N, 40)).at[1, place].set(jnp.nan)

@@ -50,8 +50,8 @@ def assert_close_to_all(workers, row, tree, expected, atol=2e-6):
 synchronous = [
     Row("gradient_allreduce", {}, 0),
     Row("decentralized", {"topology": "complete", "combine": "after"}, 0),
-    Row("async_model_average", {"period": 1, "staleness": 0}, 0),
-    Row("async_model_average", {"period": 7, "warmup_steps": 40}, 0),
+    Row("async_model_average", {"local_steps": 1, "staleness": 0}, 0),
+    Row("async_model_average", {"local_steps": 7, "warmup_steps": 40}, 0),
     Row(
         "low_precision_decentralized",
         {"topology": "complete", "compressor": compressors.identity()},
@@ -251,7 +251,7 @@ def test_low_precision_decentralized_with_identity_is_decentralized():
 def test_interval_longer_than_the_run_is_local_training():
     """Only step 0 communicates, when all workers are still equal."""
     workers = Workers.simulate(4)
-    row = Row("decentralized", {"communication_interval": 1000}, 0)
+    row = Row("decentralized", {"local_steps": 1000}, 0)
     x, _ = run(workers, row, steps=20)
     for i, target in enumerate(targets(4)):
         alone = params()
@@ -267,9 +267,7 @@ def test_interval_longer_than_the_run_is_local_training():
 
 def test_the_schedule_counts_communications_not_steps():
     """With interval 3, shift_one's pairs move on at steps 0, 3, 6."""
-    tx = alg.decentralized(
-        axis_name=AXIS, topology="shift_one", communication_interval=3
-    )
+    tx = alg.decentralized(axis_name=AXIS, topology="shift_one", local_steps=3)
     graph = topologies.shift_one(8)
     x = np.asarray(jax.random.normal(jax.random.key(3), (8, 5)))
 
@@ -295,8 +293,8 @@ class TestConservation:
         [
             Row("decentralized", {"topology": "one_peer_exponential"}, 0),
             Row("decentralized", {"combine": "after"}, 0),
-            Row("async_model_average", {"period": 3, "staleness": 3}, 0),
-            Row("async_model_average", {"period": 5, "staleness": 2}, 0),
+            Row("async_model_average", {"local_steps": 3, "staleness": 3}, 0),
+            Row("async_model_average", {"local_steps": 5, "staleness": 2}, 0),
         ],
         ids=lambda row: row.id,
     )

@@ -155,12 +155,12 @@ TRAJECTORIES = {
         lambda: oracles.ef21(LR, TWO_SPLIT, oracles.topk(0.2)),
     ),
     "dgc": (
-        lambda: sgd(alg.dgc(**two, momentum=0.7, density=0.2, clip=5.0)),
+        lambda: sgd(alg.dgc(**two, momentum=0.7, ratio=0.2, clip=5.0)),
         lambda: oracles.dgc(LR, TWO_SPLIT, 0.7, 0.2, 5.0),
     ),
     "powersgd": (
         lambda: sgd(
-            alg.powersgd(axis_name=AXIS, rank=1, min_compression=1, start_step=5)
+            alg.powersgd(axis_name=AXIS, rank=1, min_compression=1, warmup_steps=5)
         ),
         lambda: oracles.powersgd(LR, low_rank_leaves(1), 5),
     ),
@@ -570,7 +570,7 @@ class TestEF21:
 
 class TestDGC:
     def test_without_momentum_it_is_topk_with_error_feedback(self):
-        tx = alg.dgc(axis_name=AXIS, momentum=0.0, density=0.2)
+        tx = alg.dgc(axis_name=AXIS, momentum=0.0, ratio=0.2)
         out, _, state = feed(tx, 20)
         plain = alg.compressed_mean(topk(0.2), axis_name=AXIS, plan="all_gather")
         expected, _, same = feed(plain, 20)
@@ -579,15 +579,15 @@ class TestDGC:
 
     def test_at_full_density_it_is_plain_sgd(self):
         """Masking empties the momentum of everything that was sent."""
-        tx = alg.dgc(axis_name=AXIS, momentum=0.9, density=1.0)
+        tx = alg.dgc(axis_name=AXIS, momentum=0.9, ratio=1.0)
         out, means, state = feed(tx, 5)
         np.testing.assert_allclose(out[:, 0], means, atol=1e-6)
         np.testing.assert_array_equal(state.velocity, 0)
 
     def test_nothing_is_lost(self):
         """What was sent and what waits add up to the sum of all momenta."""
-        momentum, density = 0.9, 0.1
-        tx = alg.dgc(axis_name=AXIS, momentum=momentum, density=density)
+        momentum, ratio = 0.9, 0.1
+        tx = alg.dgc(axis_name=AXIS, momentum=momentum, ratio=ratio)
         step = per_worker(tx.update, N)
         state = jax.vmap(tx.init, axis_name=AXIS)(jnp.zeros((N, 37)))
         sent, due = 0.0, 0.0
@@ -600,7 +600,7 @@ class TestDGC:
         np.testing.assert_allclose(sent + held, due, atol=5e-5)
 
     def test_each_worker_clips_at_a_share_of_the_norm(self):
-        tx = alg.dgc(axis_name=AXIS, momentum=0.0, density=1.0, clip=2.0)
+        tx = alg.dgc(axis_name=AXIS, momentum=0.0, ratio=1.0, clip=2.0)
         g = jnp.array([[30.0, 40.0], [0.3, 0.4], [0.0, 5.0], [0.0, 0.0]])
         out, _, _ = feed(tx, 1, d=2, make=lambda t, n, d: g)
         expected = (np.array([[0.6, 0.8], [0.3, 0.4], [0, 1], [0, 0]])).mean(0)
@@ -671,7 +671,7 @@ class TestPowerSGD:
         np.testing.assert_allclose(out.sum(0)[0] + held, due, atol=5e-5)
 
     def test_before_start_step_it_is_exact(self):
-        tx = alg.powersgd(axis_name=AXIS, rank=1, start_step=2)
+        tx = alg.powersgd(axis_name=AXIS, rank=1, warmup_steps=2)
         g = jax.random.normal(jax.random.key(6), (N, *self.shape))
         out, _ = self.run(tx, g, 3)
         mean = np.asarray(g).mean(0)
@@ -699,7 +699,7 @@ class TestPowerSGD:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda axis: alg.dgc(axis_name=axis, momentum=0.0, density=0.3),
+        lambda axis: alg.dgc(axis_name=axis, momentum=0.0, ratio=0.3),
         lambda axis: alg.ef21(topk(0.3), axis_name=axis),
         lambda axis: alg.diana(qsgd(4), axis_name=axis, alpha=0.5),
         lambda axis: alg.compressed_mean(topk(0.3), axis_name=axis, plan="all_gather"),

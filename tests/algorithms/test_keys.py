@@ -140,7 +140,7 @@ def test_the_coin_of_marina_is_tossed_anew():
 
 def test_the_mask_of_cocktail_sgd_is_drawn_anew():
     """Other places in every bucket and at every step, the same for all workers."""
-    options = {"axis_name": AXIS, "mask_ratio": 0.5, "bucket_bytes": 4}
+    options = {"axis_name": AXIS, "ratio": 0.5, "bucket_bytes": 4}
 
     def moved(seed, count):
         tx = alg.cocktail_sgd(compressors.identity(), seed=seed, **options)

@@ -465,7 +465,7 @@ def test_decentralized(n, sgd, topology, interval, combine, bucket_bytes):
         gossip = decentralized(
             axis_name=AXIS,
             topology=topology,
-            communication_interval=interval,
+            local_steps=interval,
             combine=combine,
             bucket_bytes=bucket_bytes,
         )
@@ -549,7 +549,7 @@ def test_async_model_average(n, sgd, period, staleness, warmup_steps, bucket_byt
     def make_tx():
         average = async_model_average(
             axis_name=AXIS,
-            period=period,
+            local_steps=period,
             staleness=staleness,
             warmup_steps=warmup_steps,
             bucket_bytes=bucket_bytes,

@@ -45,7 +45,7 @@ FREE_RUNS = {
         weight_side.local_sgd(SGD, 4),
     ),
     "post_local_sgd": lambda n: (
-        alg.local_sgd(axis_name=AXIS, local_steps=3, start_step=10),
+        alg.local_sgd(axis_name=AXIS, local_steps=3, warmup_steps=10),
         weight_side.local_sgd(SGD, 3, 10),
     ),
     "slowmo": lambda n: (
@@ -53,8 +53,8 @@ FREE_RUNS = {
             axis_name=AXIS,
             local_steps=3,
             learning_rate=SGD.lr,
-            slow_momentum=0.6,
-            slow_learning_rate=0.7,
+            outer_momentum=0.6,
+            outer_learning_rate=0.7,
         ),
         weight_side.slowmo(SGD, 3, 0.6, 0.7, SGD.lr),
     ),
@@ -83,7 +83,9 @@ FREE_RUNS = {
         weight_side.exact_diffusion(SGD, matrices.ring),
     ),
     "deep_squeeze": lambda n: (
-        alg.deep_squeeze(half(), axis_name=AXIS, mixing_rate=0.5, bucket_bytes=40),
+        alg.deep_squeeze(
+            half(), axis_name=AXIS, consensus_step_size=0.5, bucket_bytes=40
+        ),
         weight_side.deep_squeeze(SGD, matrices.ring, 0.5, halve),
     ),
     "stochastic_gradient_push": lambda n: (
@@ -122,10 +124,10 @@ class TestLocalSteps:
     local = alg.local_sgd(axis_name=AXIS, local_steps=4)
 
     def test_local_sgd_is_async_model_average_without_staleness(self):
-        same(self.local, alg.async_model_average(axis_name=AXIS, period=4))
+        same(self.local, alg.async_model_average(axis_name=AXIS, local_steps=4))
         same(
-            alg.local_sgd(axis_name=AXIS, local_steps=4, start_step=6),
-            alg.async_model_average(axis_name=AXIS, period=4, warmup_steps=6),
+            alg.local_sgd(axis_name=AXIS, local_steps=4, warmup_steps=6),
+            alg.async_model_average(axis_name=AXIS, local_steps=4, warmup_steps=6),
         )
 
     def test_mean_moves_by_the_mean_update(self):
@@ -139,7 +141,7 @@ class TestLocalSteps:
 
     def test_slowmo_without_momentum_is_local_sgd(self):
         slow = alg.slowmo(
-            axis_name=AXIS, local_steps=4, learning_rate=0.1, slow_momentum=0.0
+            axis_name=AXIS, local_steps=4, learning_rate=0.1, outer_momentum=0.0
         )
         same(slow, self.local)
 
@@ -201,8 +203,8 @@ class TestLocalSteps:
                 axis_name=AXIS,
                 local_steps=steps,
                 learning_rate=rate,
-                slow_momentum=beta,
-                slow_learning_rate=factor * 2 * (1 + beta) / s,
+                outer_momentum=beta,
+                outer_learning_rate=factor * 2 * (1 + beta) / s,
             )
         else:
             tx = alg.diloco(
@@ -266,7 +268,7 @@ GOSSIP = {
     ),
     "exact_diffusion": alg.exact_diffusion(axis_name=AXIS),
     "d2": alg.d2(axis_name=AXIS, topology=lazy()),
-    "deep_squeeze": alg.deep_squeeze(MINMAX, axis_name=AXIS, mixing_rate=0.8),
+    "deep_squeeze": alg.deep_squeeze(MINMAX, axis_name=AXIS, consensus_step_size=0.8),
     "stochastic_gradient_push": alg.stochastic_gradient_push(axis_name=AXIS),
 }
 
@@ -289,7 +291,7 @@ IS_DECENTRALIZED = {
         compressors.identity(), axis_name=AXIS, consensus_step_size=1.0, staleness=0
     ),
     "deep_squeeze": alg.deep_squeeze(
-        compressors.identity(), axis_name=AXIS, mixing_rate=1.0
+        compressors.identity(), axis_name=AXIS, consensus_step_size=1.0
     ),
     "stochastic_gradient_push": alg.stochastic_gradient_push(
         axis_name=AXIS, topology="ring"
@@ -487,7 +489,7 @@ BETWEEN_NODES = {
         half(), axis_name=axis, consensus_step_size=0.2
     ),
     "deep_squeeze": lambda axis: alg.deep_squeeze(
-        half(), axis_name=axis, mixing_rate=0.5
+        half(), axis_name=axis, consensus_step_size=0.5
     ),
     "d2": lambda axis: alg.d2(axis_name=axis, topology=lazy(NODES)),
     "stochastic_gradient_push": lambda axis: alg.stochastic_gradient_push(

@@ -9,7 +9,7 @@ from bagua_jax.compressors import minmax_uint8
 
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 ALGORITHMS = {
-    "full": lambda: async_model_average(axis_name="workers", period=1),
+    "full": lambda: async_model_average(axis_name="workers", local_steps=1),
     "low": lambda: diloco(
         axis_name="workers",
         local_steps=1,

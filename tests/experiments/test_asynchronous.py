@@ -39,7 +39,7 @@ def run_async(lab, monkeypatch):
 
 
 def test_rounds_are_recorded_and_replayed(run_async):
-    algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
+    algorithm = {"name": "async_model_average", "local_steps": 1, "label": "mean"}
     status, out, err, folder = run_async("--replay", *PACE, algorithms=[algorithm])
     assert status == 0, err
     run = folder / "async-mean-s0"
@@ -161,7 +161,7 @@ def saved_by(run) -> list[worker_checkpoint.About]:
 
 @pytest.mark.parametrize("exchange", ["rounds", "pairs"])
 def test_an_interrupted_run_goes_on(interrupted, exchange):
-    algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
+    algorithm = {"name": "async_model_average", "local_steps": 1, "label": "mean"}
     small = {"algorithms": [algorithm], "checkpoint_every": 4}
     small["optimizer"] = {"name": "sgd", "learning_rate": 0.02, "momentum": 0.9}
     flags = ("--exchange", exchange, "--pace", "0.01", "0.01")
@@ -224,7 +224,7 @@ def test_a_worker_that_dies_or_hangs_is_started_again(
     program = ONCE.format(folder=str(tmp_path), struck=tuple(struck), strike=strike)
     (tmp_path / "sitecustomize.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
-    algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
+    algorithm = {"name": "async_model_average", "local_steps": 1, "label": "mean"}
     flags = ("--exchange", exchange, "--pace", "0.01", "0.01", "--stuck-after", "8")
     status, out, err, folder = run_async(
         *flags,
@@ -270,7 +270,7 @@ def test_a_worker_that_cannot_go_on_is_not_passed_over(
 
 def test_rounds_go_on_from_the_mean(interrupted):
     """Whose models are equal at the start: what algorithms assume."""
-    algorithm = {"name": "async_model_average", "period": 10**6, "label": "alone"}
+    algorithm = {"name": "async_model_average", "local_steps": 10**6, "label": "alone"}
     small = {"algorithms": [algorithm], "checkpoint_every": 4}
     status, _, err, folder = interrupted("--restarts", "0", **small)
     assert status == 1, err
@@ -291,7 +291,7 @@ def test_rounds_go_on_from_the_mean(interrupted):
 
 
 def test_a_run_folder_is_of_one_run_at_a_time(run_async, lab):
-    algorithm = {"name": "async_model_average", "period": 1, "label": "mean"}
+    algorithm = {"name": "async_model_average", "local_steps": 1, "label": "mean"}
     folder = lab.root / "runs" / "small" / "async-mean-s0"
     with folders.locked(folder):
         status, _, err, _ = run_async(algorithms=[algorithm])

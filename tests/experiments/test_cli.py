@@ -267,7 +267,7 @@ def test_flags_override_the_config(lab):
 
 
 def test_the_report_compares_and_is_saved(lab):
-    mean = {"name": "async_model_average", "period": 3, "warmup_steps": 4}
+    mean = {"name": "async_model_average", "local_steps": 3, "warmup_steps": 4}
     lab.draws = True
     status, out, _ = lab.run(
         algorithms=["gradient_allreduce", "bytegrad", mean], where="simulate"
@@ -298,7 +298,7 @@ def test_the_report_compares_and_is_saved(lab):
 def test_simulation_and_devices_agree(lab):
     algorithms = [
         "gradient_allreduce",
-        {"name": "async_model_average", "period": 3, "staleness": 1},
+        {"name": "async_model_average", "local_steps": 3, "staleness": 1},
         {"name": "bytegrad", "error_feedback": "both"},
     ]
     for where in ("simulate", "devices"):

@@ -13,7 +13,7 @@ MORE = {
     "algorithms": [
         "gradient_allreduce",
         {"name": "bytegrad", "label": "byte"},
-        {"name": "async_model_average", "period": 2, "label": "late"},
+        {"name": "async_model_average", "local_steps": 2, "label": "late"},
     ],
 }
 
@@ -109,7 +109,10 @@ def test_unlike_runs_are_named_and_left_out(lab, flags, changes, told):
 
 def test_a_label_that_now_means_something_else_is_left_out(lab):
     lab.run("--algorithms", "late", **MORE)
-    other = [{"name": "async_model_average", "period": 3, "label": "late"}, "bytegrad"]
+    other = [
+        {"name": "async_model_average", "local_steps": 3, "label": "late"},
+        "bytegrad",
+    ]
     for chosen in ("bytegrad", "late"):
         lab.run("--algorithms", chosen, **MORE | {"algorithms": other})
         (left,) = results(lab)["left_out"]
@@ -118,7 +121,7 @@ def test_a_label_that_now_means_something_else_is_left_out(lab):
 
 def test_two_runs_of_one_label_that_the_config_does_not_list(lab):
     for period in (2, 3):
-        own = f"[{{name: async_model_average, period: {period}, label: mine}}]"
+        own = f"[{{name: async_model_average, local_steps: {period}, label: mine}}]"
         lab.run("--algorithms", own, **MORE)
     lab.run("--algorithms", "byte", **MORE)
     found = results(lab)

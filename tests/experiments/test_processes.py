@@ -29,10 +29,15 @@ ALGORITHMS = [
     {
         "name": "decentralized",
         "topology": "one_peer_exponential",
-        "communication_interval": 3,
+        "local_steps": 3,
     },
     {"name": "low_precision_decentralized"},
-    {"name": "async_model_average", "period": 3, "staleness": 2, "warmup_steps": 2},
+    {
+        "name": "async_model_average",
+        "local_steps": 3,
+        "staleness": 2,
+        "warmup_steps": 2,
+    },
 ]
 # gloo adds in another order than the host devices of one process: what sums in full
 # precision differs in its last bits, and what moves bytes or gossips does not.

@@ -400,7 +400,7 @@ def test_lateness_is_read_from_the_arguments():
     assert late("delayed_gradients", {"staleness": 3}) == Late(1, 3)
     assert late("delayed_choco", {"compressor": "sign(l1)"}) == Late(1, 1, inside=False)
     assert late("overlapped_push", {"staleness": 0}) is None
-    assert late("decentralized", {"communication_interval": 5}) == Late(5, 1)
+    assert late("decentralized", {"local_steps": 5}) == Late(5, 1)
     assert late("decentralized", {"combine": "after"}) is None
     streaming = {"local_steps": 100, "fragments": 4}
     assert late("streaming_diloco", streaming) == Late(25, 1)

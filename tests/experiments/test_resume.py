@@ -23,9 +23,9 @@ ALGORITHMS = {
     "gradient_allreduce": {},
     "bytegrad": {"error_feedback": "both"},
     "qadam": {"learning_rate": 0.05, "warmup_steps": 5, "error_feedback": "both"},
-    "decentralized": {"topology": "one_peer_exponential", "communication_interval": 3},
+    "decentralized": {"topology": "one_peer_exponential", "local_steps": 3},
     "low_precision_decentralized": {},
-    "async_model_average": {"period": 3, "staleness": 2, "warmup_steps": 2},
+    "async_model_average": {"local_steps": 3, "staleness": 2, "warmup_steps": 2},
 }
 
 

@@ -14,7 +14,7 @@ from bagua_jax.experiments.commands.wire import Wire
 
 SENT = 2 * 128 * 3 / 4  # of a vector of 32 float32, by one of 4 workers
 WARM = {"name": "qadam", "learning_rate": 0.01, "warmup_steps": 3}
-EVERY = {"name": "async_model_average", "period": 4, "staleness": 1}
+EVERY = {"name": "async_model_average", "local_steps": 4, "staleness": 1}
 
 
 def wire(lab, *flags, **changes):

@@ -187,7 +187,7 @@ def ef21(lr, buckets, compress):
     return Oracle(init, step)
 
 
-def dgc(lr, buckets, momentum, density, clip=None):
+def dgc(lr, buckets, momentum, ratio, clip=None):
     """Accumulate momenta, send the largest sums, forget what was sent."""
 
     def init(x0):
@@ -202,14 +202,14 @@ def dgc(lr, buckets, momentum, density, clip=None):
         v = state["v"] + u
         chosen = np.zeros(v.shape, bool)
         for b in buckets:
-            chosen[:, b] = topk(density)(v[:, b]) != 0
+            chosen[:, b] = topk(ratio)(v[:, b]) != 0
         x = state["x"] - lr * (v * chosen).mean(0)
         return {"x": x, "u": u * ~chosen, "v": v * ~chosen}
 
     return Oracle(init, step)
 
 
-def powersgd(lr, matrices, start_step=0):
+def powersgd(lr, matrices, warmup_steps=0):
     """Low-rank step of each matrix, exact step of the rest.
 
     `matrices` lists `(positions, (m, c), Q [c, r])`, one for each compressed leaf.
@@ -222,7 +222,7 @@ def powersgd(lr, matrices, start_step=0):
     def step(state, grads, t, rounding):
         del rounding
         update = np.tile(grads.mean(0), (len(grads), 1))
-        if t < start_step:
+        if t < warmup_steps:
             return state | {"x": state["x"] - lr * update}
         errors, bases = state["e"].copy(), []
         for (at, shape, _), q in zip(matrices, state["q"], strict=True):

@@ -11,7 +11,7 @@ from oracles.algorithms import Oracle, mean_over_workers, mix
 from oracles.codec import f32
 
 
-def local_sgd(sgd, local_steps, start_step=0):
+def local_sgd(sgd, local_steps, warmup_steps=0):
     """x_i += u_i; x_i = mean after every H-th step, before the start after each."""
 
     def init(x0):
@@ -21,7 +21,7 @@ def local_sgd(sgd, local_steps, start_step=0):
         del rounding
         update, inner = sgd.update(state, grads)
         x = state["x"] + update
-        if t < start_step or (t - start_step) % local_steps == local_steps - 1:
+        if t < warmup_steps or (t - warmup_steps) % local_steps == local_steps - 1:
             x = mean_over_workers(x)
         return {"x": x, **inner}
 

@@ -272,7 +272,7 @@ def test_a_float16_mean_that_overflows_is_seen():
 LEAVES = ((), (7,), (16, 32), (63, 65), (64, 64), (100, 50), (256, 128))
 TOGETHER, BUCKET_BYTES = 3, 8192
 WARM = 3  # steps before the bad one
-SHORT = {"warmup_steps": 2, "var_freeze_step": 2, "start_step": 2}
+SHORT = {"warmup_steps": 2, "var_freeze_step": 2}
 
 
 def defaults(row: Row) -> dict:
@@ -288,7 +288,7 @@ def steps_until_heard(row: Row) -> int:
     late = given.get("staleness", 0)
     if not row.own_params:
         return 1 + late
-    intervals = ("communication_interval", "local_steps", "period")
+    intervals = ("local_steps",)
     periods = [given.get(name, 1) for name in (*intervals, "local_step_clipper")]
     interval = max(*periods, 4 if "periods" in given else 1)
     # A message is made of what the step before left; from peer to peer it takes two.
@@ -422,7 +422,7 @@ def test_an_entry_without_a_variance_hides_nothing():
 
 
 def test_clipping_by_a_norm_that_overflows_is_seen():
-    tx = bagua_jax.algorithms.dgc(axis_name="workers", density=1.0, clip=1.0)
+    tx = bagua_jax.algorithms.dgc(axis_name="workers", ratio=1.0, clip=1.0)
     grads = jnp.full((2, 4096), 1e30)
     run = jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="workers"))
     assert not np.isfinite(run(grads)).any()

@@ -146,7 +146,7 @@ def test_local_sgd_with_unequal_curvature():
 def test_slowmo(outer):
     s, beta = 1 - (1 - A) ** 5, 0.5
     found = modes.slowmo(
-        N, H, GAMMA, local_steps=5, slow_momentum=beta, slow_learning_rate=outer
+        N, H, GAMMA, local_steps=5, outer_momentum=beta, outer_learning_rate=outer
     )
     close(found.polynomials[0], [1, -(1 + beta - outer * s), beta])
     assert found.rate**5 == pytest.approx(math.sqrt(beta))  # complex roots
@@ -154,7 +154,7 @@ def test_slowmo(outer):
 
     def model(k):
         return modes.slowmo(
-            2, 1.0, 0.5, local_steps=3, slow_momentum=beta, slow_learning_rate=k
+            2, 1.0, 0.5, local_steps=3, outer_momentum=beta, outer_learning_rate=k
         )
 
     assert threshold(model, 10.0) * 7 / 8 == pytest.approx(2 * (1 + beta))

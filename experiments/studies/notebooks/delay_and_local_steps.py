@@ -99,7 +99,7 @@ def outer_make(name, beta):
         given |= {"outer_learning_rate": eta, "outer_momentum": beta}
         tx = algorithms.diloco(**given)
     else:
-        given |= {"slow_learning_rate": eta, "slow_momentum": beta}
+        given |= {"outer_learning_rate": eta, "outer_momentum": beta}
         tx = algorithms.slowmo(learning_rate=gamma, **given)
     return lambda: optax.chain(optax.sgd(gamma), tx)
 
@@ -111,7 +111,7 @@ def outer_model(name, beta):
     if name == "DiLoCo":
         m |= {"outer_learning_rate": eta, "outer_momentum": beta}
         return lambda h: modes.diloco(n, h, gamma, **m)
-    m |= {"slow_learning_rate": eta, "slow_momentum": beta}
+    m |= {"outer_learning_rate": eta, "outer_momentum": beta}
     return lambda h: modes.slowmo(n, h, gamma, **m)
 
 

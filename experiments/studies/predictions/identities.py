@@ -100,7 +100,7 @@ SAME = {
         True,
     ),
     "SlowMo, H = 1, beta = 0 = parallel SGD": (
-        weight_side("slowmo", local_steps=1, learning_rate=GAMMA, slow_momentum=0.0),
+        weight_side("slowmo", local_steps=1, learning_rate=GAMMA, outer_momentum=0.0),
         PARALLEL,
         False,
     ),
@@ -137,7 +137,7 @@ SAME = {
         True,
     ),
     "DeepSqueeze, identity, eta = 1 = D-PSGD after": (
-        weight_side("deep_squeeze", compressor=IDENTITY, mixing_rate=1.0),
+        weight_side("deep_squeeze", compressor=IDENTITY, consensus_step_size=1.0),
         AFTER,
         False,
     ),
@@ -179,7 +179,7 @@ MOVERS = {
         False,
     ),
     "DeepSqueeze with top-k": (
-        weight_side("deep_squeeze", compressor=TOP, mixing_rate=0.3),
+        weight_side("deep_squeeze", compressor=TOP, consensus_step_size=0.3),
         False,
     ),
     "Moniqua with 4 bits": (weight_side("moniqua", theta=4.0, bits=4), False),

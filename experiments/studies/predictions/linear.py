@@ -70,8 +70,8 @@ CASES = [
     Case("gradient_tracking", {}, 0.3),
     Case("stochastic_gradient_push", {"topology": "static_exponential"}, 0.5),
     Case("local_sgd", {"local_steps": 4}, 0.3),
-    Case("async_model_average", {"period": 4, "staleness": 2}, 0.2),
-    Case("slowmo", {"local_steps": 4, "slow_momentum": 0.5}, 0.2),
+    Case("async_model_average", {"local_steps": 4, "staleness": 2}, 0.2),
+    Case("slowmo", {"local_steps": 4, "outer_momentum": 0.5}, 0.2),
     Case("diloco", {"local_steps": 4}, 0.2),
     Case(
         "delayed_choco",
@@ -118,7 +118,7 @@ CASES = [
     ),
     Case(
         "deep_squeeze",
-        {"compressor": HALF, "mixing_rate": 0.4},
+        {"compressor": HALF, "consensus_step_size": 0.4},
         0.3,
         8,
         True,
@@ -204,7 +204,7 @@ def experiment(index: int, effort: int) -> dict[str, np.ndarray]:
 
 def stride(case: Case) -> int:
     """Steps from one average to the next."""
-    return case.options.get("local_steps", case.options.get("period", 1))
+    return case.options.get("local_steps", 1)
 
 
 def path_times(case: Case) -> list[int]:

@@ -634,13 +634,13 @@ def local_sgd_fixed_point():
     return predict, measure
 
 
-def slowmo(slow_learning_rate):
+def slowmo(outer_learning_rate):
     tx = algorithms.slowmo(
         axis_name=AXIS,
         local_steps=3,
         learning_rate=0.5,
-        slow_momentum=0.5,
-        slow_learning_rate=slow_learning_rate,
+        outer_momentum=0.5,
+        outer_learning_rate=outer_learning_rate,
     )
     return optax.chain(optax.sgd(0.5), tx)
 
@@ -680,7 +680,7 @@ def slowmo_outer_threshold():
 
     def model(k):
         return modes.slowmo(
-            2, 1.0, 0.5, local_steps=3, slow_momentum=0.5, slow_learning_rate=k
+            2, 1.0, 0.5, local_steps=3, outer_momentum=0.5, outer_learning_rate=k
         )
 
     def predict():

@@ -74,7 +74,7 @@ PROGRAMS: Mapping[str, Program] = {
     "decentralized, shift_one": Program("decentralized", {"topology": "shift_one"}),
     "decentralized, all": Program("decentralized", {"topology": "complete"}),
     "LPD": Program("low_precision_decentralized", {}),
-    "async": Program("async_model_average", {"period": 1, "staleness": 1}),
+    "async": Program("async_model_average", {"local_steps": 1, "staleness": 1}),
 }
 """BAGUA's algorithms as its evaluation ran them, by our name for each."""
 

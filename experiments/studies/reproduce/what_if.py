@@ -108,7 +108,7 @@ def lateness(algorithm: str, options: Mapping[str, Any]) -> Late | None:
         ``None`` where it is needed in its own step.
 
     Example:
-        >>> lateness("async_model_average", {"period": 8, "staleness": 4})
+        >>> lateness("async_model_average", {"local_steps": 8, "staleness": 4})
         Late(period=8, steps=4, inside=True)
         >>> lateness("bytegrad", {})
     """

@@ -284,6 +284,39 @@ def test_every_algorithm_can_be_configured(tmp_path, name):
     assert set(run.algorithms[0].arguments) == {*accepted} - {"axis_name"}
 
 
+def test_old_names_of_arguments_are_read_with_a_warning():
+    def resolved(text):
+        algorithms = config.parse_algorithms(text)
+        (run,) = catalog.resolve(dataclasses.replace(BASE, algorithms=algorithms))
+        return run
+
+    for name, old, new in (
+        (
+            "local_sgd",
+            "local_steps: 2, start_step: 3",
+            "local_steps: 2, warmup_steps: 3",
+        ),
+        ("async_model_average", "period: 4", "local_steps: 4"),
+        (
+            "compressed_mean",
+            "compressor: topk(0.5), error_feedback: null",
+            "compressor: topk(0.5), error_feedback: auto",
+        ),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"{name}: .* works until 0"):
+            run = resolved(f"[{{name: {name}, {old}}}]")
+        assert run == resolved(f"[{{name: {name}, {new}}}]")
+    with pytest.raises(ConfigError, match="period is the old name of local_steps"):
+        resolved("[{name: async_model_average, period: 4, local_steps: 4}]")
+
+
+def test_the_command_line_shows_old_names(lab):
+    algorithms = [{"name": "async_model_average", "period": 2}]
+    status, _, complaint = lab.run(algorithms=algorithms)
+    assert status == 0
+    assert "async_model_average: period is called local_steps; the old" in complaint
+
+
 def test_a_topology_that_does_not_fit_the_workers_is_refused():
     odd = config.parse_algorithms("[{name: decentralized, topology: shift_one}]")
     with pytest.raises(ConfigError, match="topology"):

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -188,3 +189,22 @@ def test_broken_configs_are_accepted_or_refused():
     )
     assert 0 < int(counts["all"]) < 60
     assert all(int(count) > 0 for count in counts.values())
+
+
+def test_every_mutation_fits_the_source(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    mutations = importlib.import_module("benchmarks.mutations")
+    assert len(mutations.MUTATIONS) >= 30
+    assert [f for m in mutations.MUTATIONS.values() if (f := mutations.fault(m))] == []
+    for mutation in mutations.MUTATIONS.values():
+        for word in mutation.tests.split(" -k ")[0].split():
+            assert (mutations.ROOT / word).exists(), word
+
+
+def test_the_page_of_mutations_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    mutations = importlib.import_module("benchmarks.mutations")
+    known = json.loads(mutations.RESULTS.read_text("utf-8"))
+    assert mutations.PAGE.read_text("utf-8") == mutations.page(known)
+    assert [n for n, r in known["mutations"].items() if not r["noticed_by"]] == []
+    assert list(known["mutations"]) == list(mutations.MUTATIONS)

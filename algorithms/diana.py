@@ -133,8 +133,8 @@ def difference_coding(
         compressor: stateless.
         rate: by how much of the sent difference trackers of d elements move.
         axis_name: as in :func:`diana`.
-        bucket_bytes: as there.
-        seed: as there.
+        bucket_bytes: as in :func:`diana`.
+        seed: as in :func:`diana`.
         check: refuses a length of the vectors that are compressed.
     """
     checks.require_at_least(caller, "bucket_bytes", bucket_bytes, 1, "It is in bytes.")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bagua_jax.workers import Workers
     from bagua_jax.wrappers import accumulate, local, varying
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Workers",

@@ -1178,7 +1178,7 @@ def gather_rows(row: jax.Array, *, axis_name: str) -> jax.Array:
 
     Args:
         row: [...] this worker's.
-        axis_name: as there.
+        axis_name: that of ``scatter_rows``.
 
     Returns:
         [n, ...], row j of worker j; dtype of row, invariant.
@@ -1227,8 +1227,8 @@ def _permute(x: jax.Array, axis: str, pairs: tuple[tuple[int, int], ...]) -> jax
     # vmap takes whole permutations only: complete it, and drop what nobody sent.
     sources, destinations = map(set, zip(*pairs, strict=True))
     idle = [i for i in range(n) if i not in sources]
-    deaf = [i for i in range(n) if i not in destinations]
-    received = lax.ppermute(x, axis, [*pairs, *zip(idle, deaf, strict=True)])
+    unreached = [i for i in range(n) if i not in destinations]
+    received = lax.ppermute(x, axis, [*pairs, *zip(idle, unreached, strict=True)])
     heard = jnp.asarray(np.isin(range(n), [*destinations]))[lax.axis_index(axis)]
     return jnp.where(heard, received, jnp.zeros_like(received))
 
@@ -1246,7 +1246,7 @@ def mix(
         own: [N] x_i.
         received: x_j for each send of the step, as :func:`neighbours` gives them.
         mixing: the step whose weights are used.
-        axis_name: as there.
+        axis_name: that of :func:`neighbours`.
 
     Returns:
         [N] the mixed vector in float32 or wider. Nothing is communicated.

@@ -157,7 +157,7 @@ def start(plan: Plan, output: Path) -> subprocess.Popen:
     """Start the run's command, for the first time or again."""
     shape = ["quadratic", "--workers", str(plan.workers), "--steps", str(plan.steps)]
     shape += ["--checkpoint-every", str(SAVES[plan.mode]), "--output", str(output)]
-    patience = ["--restarts", "100000", "--fruitless", "1000", "--backoff", "0.02"]
+    patience = ["--restarts", "100000", "--give-up-after", "1000", "--backoff", "0.02"]
     patience += ["--stuck-after", str(STUCK_AFTER), "--start-within", "120"]
     words = [sys.executable, "-m", "bagua_jax.experiments"]
     if plan.mode == "launch":

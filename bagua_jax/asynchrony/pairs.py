@@ -217,9 +217,9 @@ class PairGossip:
     One exchange is one transaction. The worker that asks is *granted* it (or the
     other answers BUSY immediately, so that requests cannot deadlock in a cycle). Then
     both snapshots travel at the same time: one side *gives*, the other *offers*. Who
-    has the offer *commits*; who has the gift, too, then applies its correction and says
-    that it is *done*, upon which the first applies the negative of it. An answer that
-    is lost is asked for again, and the same gift is never applied twice. So the mean of
+    has the offer *commits*; who has what was given, too, then applies its correction
+    and says that it is *done*, upon which the first applies the negative of it. An
+    answer that is lost is asked for again, and nothing is applied twice. So the mean of
     the models moves by local steps alone. The exception is a death: a worker that dies
     takes its progress with it, and a peer that stays out of reach for three times
     ``timeout_s`` is taken for dead.
@@ -579,13 +579,13 @@ class PairGossip:
 
     def _take(self, message: Message) -> None:
         granted = self._granted_to(message)
-        if granted is not None:  # else it is a gift once more, or too late
+        if granted is not None:  # else it was given before, or comes too late
             self._granted = granted._replace(theirs=self._read(message))
 
     def _settle(self, message: Message) -> Kind:
         """Apply what was given, now that the peer has what was offered."""
         peer, number = message.worker, message.exchange
-        if self._done.get(peer) == number:  # the answer was lost, the gift was not
+        if self._done.get(peer) == number:  # the answer was lost
             return Kind.DONE
         granted = self._granted_to(message)
         if granted is None or granted.theirs is None:

@@ -87,7 +87,7 @@ def unpack(packed: jax.Array, alphabet: int, count: int) -> jax.Array:
 
     Args:
         packed: what ``pack`` gave.
-        alphabet: as there.
+        alphabet: that of ``pack``.
         count: d, the number of codes.
 
     Returns:

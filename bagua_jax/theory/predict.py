@@ -142,12 +142,12 @@ def trajectory(
 
     Args:
         algorithm: as in :func:`predict`.
-        problem: as there.
-        options: as there.
-        learning_rate: as there.
+        problem: as in :func:`predict`.
+        options: as in :func:`predict`.
+        learning_rate: as in :func:`predict`.
         steps: the last step.
-        momentum: as there.
-        start: as there.
+        momentum: as in :func:`predict`.
+        start: as in :func:`predict`.
 
     Returns:
         (steps taken, energies): of every step, for local methods of every average.

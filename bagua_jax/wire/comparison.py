@@ -138,7 +138,7 @@ def compare(
     Args:
         lowered: what :func:`intended` takes, or what it gives.
         compiled: what :func:`count` takes, or what it gives.
-        branch_shares: as there, by path; for both programs.
+        branch_shares: as in :func:`count`, by path; for both programs.
         trip_counts: likewise.
 
     Raises:

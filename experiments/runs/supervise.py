@@ -109,8 +109,8 @@ class Policy:
 
     restarts: int = 0
     """How often at most what died or hung is started again."""
-    fruitless: int = 1
-    """Give up after this many consecutive restarts without a new step."""
+    give_up_after: int = 1
+    """Consecutive restarts without a new step after which it is given up."""
     backoff: float = 1.0
     """Seconds before a restart; doubled after each one that gained no step."""
     stuck_after: float = 60.0
@@ -120,7 +120,7 @@ class Policy:
 
     def __post_init__(self):
         count, seconds = (0, 10**6), (0, 10**9)
-        ranges = dict.fromkeys(("restarts", "fruitless"), count)
+        ranges = dict.fromkeys(("restarts", "give_up_after"), count)
         ranges |= dict.fromkeys(("backoff", "stuck_after", "start_within"), seconds)
         require_ranges(self, ranges)
 
@@ -179,7 +179,7 @@ class _Team:
     attempts: int = 0
     due: float = 0.0
     furthest: tuple[int, int] = (-1, -1)  # behind one that has done nothing
-    fruitless: int = 0
+    in_vain: int = 0
     status: int | None = None  # how it ended
 
     def stop(self) -> None:
@@ -250,17 +250,17 @@ def supervise(
         nonlocal restarts
         if failure.status not in (CRASHED, *range(128, 256)):
             return False  # it has said itself that it cannot go on
-        team.fruitless = 0 if reached > team.furthest else team.fruitless + 1
+        team.in_vain = 0 if reached > team.furthest else team.in_vain + 1
         team.furthest = max(team.furthest, reached)
         if restarts == policy.restarts:
             if restarts:
                 say(f"gives up after {restarts} restarts.")
             return False
-        if team.fruitless and team.fruitless >= policy.fruitless:
+        if team.in_vain and team.in_vain >= policy.give_up_after:
             say("gives up: no step was gained since the failure before.")
             return False
         restarts += 1
-        wait = min(policy.backoff * 2**team.fruitless, _LONGEST)
+        wait = min(policy.backoff * 2**team.in_vain, _LONGEST)
         say(f"restart {restarts} of {policy.restarts} at most, in {wait:g} s")
         team.due = time.monotonic() + wait
         return True

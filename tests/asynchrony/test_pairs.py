@@ -304,13 +304,13 @@ def test_a_gift_is_applied_once_however_often_it_is_given(listening):
         assert (offer.kind, offer.exchange) == (Kind.OFFER, 5)
         assert offer.arrays[0].tolist() == [1, 2, 3, 4]
         replica.step(lambda x: (x + 100, None))  # progress since the snapshot is kept
-        gift = question(gossip, Kind.GIVE, 5, theirs)
-        assert peer.say(gift, wait_ms=100) is None
+        given = question(gossip, Kind.GIVE, 5, theirs)
+        assert peer.say(given, wait_ms=100) is None
         assert replica.params.tolist() == [101, 102, 103, 104]  # until it is committed
         for _ in range(3):
             done = answer(gossip, peer.say(question(gossip, Kind.COMMIT, 5)))
             assert (done.kind, done.exchange) == (Kind.DONE, 5)
-            assert peer.say(gift, wait_ms=50) is None
+            assert peer.say(given, wait_ms=50) is None
         assert replica.params.tolist() == [102, 102, 102, 102]
         late = answer(gossip, peer.say(question(gossip, Kind.COMMIT, 4)))
         assert late.kind is Kind.EXPIRED  # never granted, so never applied

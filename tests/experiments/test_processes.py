@@ -516,7 +516,7 @@ def test_without_a_step_gained_it_gives_up(tmp_path, capfd):
     assert watch(tmp_path, program, 1, restarts=9) == 128 + signal.SIGSEGV
     assert "no step was gained" in capfd.readouterr().err
     assert attempts(tmp_path) == 2
-    assert watch(tmp_path, program, 1, restarts=9, fruitless=3) == 139
+    assert watch(tmp_path, program, 1, restarts=9, give_up_after=3) == 139
     assert attempts(tmp_path) == 2 + 4
 
 

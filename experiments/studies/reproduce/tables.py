@@ -233,7 +233,7 @@ def _latency() -> Table:
         stated=(
             f"C = {known['processing']:.1f} Gbit/s and g_p = {known['goodput']:.2f}: "
             "fitted on the bandwidth table, not here",
-            f"compute {compute:.3f} s a step, as there",
+            f"compute {compute:.3f} s a step, as in the bandwidth table",
             "buckets of others, counted by their own rules over BERT's tensors: DDP 37 "
             "(25 MiB), Horovod 25 (64 MiB); decentralized 1 (the original's)",
         ),

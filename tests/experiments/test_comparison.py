@@ -116,7 +116,7 @@ def test_a_label_that_now_means_something_else_is_left_out(lab):
     for chosen in ("bytegrad", "late"):
         lab.run("--algorithms", chosen, **MORE | {"algorithms": other})
         (left,) = results(lab)["left_out"]
-        assert left["because"] == "algorithm.period 2, now 3"
+        assert left["because"] == "algorithm.local_steps 2, now 3"
 
 
 def test_two_runs_of_one_label_that_the_config_does_not_list(lab):

@@ -1,0 +1,1 @@
+"""Runs and their folders: training, processes, checkpoints, damage."""

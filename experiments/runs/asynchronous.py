@@ -10,8 +10,8 @@ A run's folder holds, for each worker::
                     interrupted goes on
     log-0.txt       what the process said
 
-Steps and events are journals (:mod:`bagua_jax.experiments.runs.integrity`), with copies. A
-record of the steps states the mark of the events before it, and a save states both
+Steps and events are journals with copies
+(:mod:`bagua_jax.experiments.runs.integrity`). A record of the steps states the mark of the events before it, and a save states both
 marks. What a save states must be there; of what came after it a machine that lost power
 may have lost some, and the run goes on without.
 """
@@ -33,16 +33,14 @@ from jax.flatten_util import ravel_pytree
 from bagua_jax import Workers, asynchrony, primitives
 from bagua_jax.algorithms import REGISTRY
 from bagua_jax.asynchrony.transport import require_zmq
-from bagua_jax.experiments.spec import catalog
-from bagua_jax.experiments.runs import folders
-from bagua_jax.experiments.runs import integrity
-from bagua_jax.experiments.runs import worker_checkpoint
-from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig, identity
-from bagua_jax.experiments.tasks.data import Data, Shards
+from bagua_jax.experiments.runs import folders, integrity, worker_checkpoint
 from bagua_jax.experiments.runs.folders import RunError
 from bagua_jax.experiments.runs.integrity import Journal, Mark, Records
 from bagua_jax.experiments.runs.supervise import beat
+from bagua_jax.experiments.spec import catalog
+from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig, identity
 from bagua_jax.experiments.tasks import Task
+from bagua_jax.experiments.tasks.data import Data, Shards
 
 __all__ = [
     "Diverged",
@@ -230,7 +228,9 @@ def _names(worker: int) -> tuple[str, str]:
     return f"steps-{worker}.jsonl", f"events-{worker}.jsonl"
 
 
-def require_whole(found: Left, worker: int, about: worker_checkpoint.About | None) -> str:
+def require_whole(
+    found: Left, worker: int, about: worker_checkpoint.About | None
+) -> str:
     """Require that what a worker has left is what its save states.
 
     Args:
@@ -417,7 +417,9 @@ def work(
     about = worker_checkpoint.about(folder, worker, run=run)
     if resume:
         like = params, train.state
-        (params, train.state), steps = worker_checkpoint.load(folder, worker, like, run=run)
+        (params, train.state), steps = worker_checkpoint.load(
+            folder, worker, like, run=run
+        )
         if setting.exchange == "rounds":
             params = _mean_of_all(params, Workers.devices(n))
     replica = asynchrony.Replica(params, steps)
@@ -425,7 +427,9 @@ def work(
 
     def save(marks: dict[str, Mark]) -> None:
         state = replica.params, train.state
-        worker_checkpoint.save(folder, worker, state, replica.steps, run=run, marks=marks)
+        worker_checkpoint.save(
+            folder, worker, state, replica.steps, run=run, marks=marks
+        )
 
     every, like = config.eval_every, recorded(params)
     with Recorder(folder, worker, every, like, run, about) as recorder:
@@ -440,7 +444,9 @@ def work(
         with joined:
             if returns and not replica.steps and about is not None:
                 like = params, train.state
-                (params, train.state), steps = worker_checkpoint.load(folder, worker, like, run=run)
+                (params, train.state), steps = worker_checkpoint.load(
+                    folder, worker, like, run=run
+                )
                 replica.adopt(params, steps)
             train.steps = replica.steps
             recorder.start(replica.steps)

@@ -30,8 +30,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bagua_jax.experiments.spec import config as configs
-from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig
 from bagua_jax.experiments.runs.integrity import (
     RunError,
     Unchecked,
@@ -40,6 +38,8 @@ from bagua_jax.experiments.runs.integrity import (
     write_text,
     write_whole,
 )
+from bagua_jax.experiments.spec import config as configs
+from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig
 
 __all__ = [
     "RunError",

@@ -86,7 +86,7 @@ def digest(identity: Mapping[str, Any]) -> str:
     """Name a run, in eight hex digits, by what decides its numbers.
 
     Args:
-        identity: JSON, as :func:`bagua_jax.experiments.spec.config.identity` collects it.
+        identity: JSON, from :func:`bagua_jax.experiments.spec.config.identity`.
     """
     return check_of(json.dumps(identity, sort_keys=True))[:8]
 

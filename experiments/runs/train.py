@@ -28,19 +28,16 @@ from bagua_jax import (
     worker_local,
 )
 from bagua_jax.compressors import numerics
-from bagua_jax.experiments.spec import catalog
-from bagua_jax.experiments.runs import checkpoint
-from bagua_jax.experiments.runs import folders
-from bagua_jax.experiments.runs import integrity
-from bagua_jax.experiments.runs import supervise
-from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig, identity
-from bagua_jax.experiments.tasks.data import Data, Shards
+from bagua_jax.experiments.runs import checkpoint, folders, integrity, supervise
 from bagua_jax.experiments.runs.folders import RunError
-from bagua_jax.experiments.spec.messages import blame
 from bagua_jax.experiments.runs.integrity import Journal, Mark, Records
 from bagua_jax.experiments.runs.progress import progress
 from bagua_jax.experiments.runs.supervise import beat
+from bagua_jax.experiments.spec import catalog
+from bagua_jax.experiments.spec.config import ConfigError, ExperimentConfig, identity
+from bagua_jax.experiments.spec.messages import blame
 from bagua_jax.experiments.tasks import Task
+from bagua_jax.experiments.tasks.data import Data, Shards
 from bagua_jax.guards import SkipNotFiniteState
 from bagua_jax.primitives import AxisName
 

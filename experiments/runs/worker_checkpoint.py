@@ -29,7 +29,7 @@ class About(NamedTuple):
     """What a save says of itself.
 
     Attributes:
-        run: whose it is, as :func:`bagua_jax.experiments.runs.integrity.digest` names it.
+        run: whose it is, by :func:`bagua_jax.experiments.runs.integrity.digest`.
         worker: which.
         steps: local steps that led to it.
         marks: of the worker's journals when it was made, by file name.

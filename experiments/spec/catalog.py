@@ -199,9 +199,37 @@ def relaxation(
 
 
 def optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
-    """Build the optimizer that the algorithm of one run is chained with."""
+    """Build the optimizer that the algorithm of one run is chained with.
+
+    Raises:
+        ConfigError: if one of ``package.module:function`` cannot be imported, does not
+            take what is set, or returns no transform.
+    """
     chosen = config.algorithms[0].optimizer or config.optimizer
-    return getattr(optax, chosen.name)(chosen.learning_rate, **chosen.arguments())
+    arguments = chosen.arguments()
+    if not names.is_own(chosen.name):
+        return getattr(optax, chosen.name)(chosen.learning_rate, **arguments)
+    where = "optimizer.name"
+    factory = names.find(chosen.name, {}, "optimizer", where)
+    if not callable(factory):
+        raise ConfigError(
+            f"{where}: {quote(chosen.name)} must be a function of the learning rate; "
+            f"got a {type(factory).__name__}."
+        )
+    for name in arguments:
+        if name not in (known := _signature(factory)):
+            what = f"argument of {chosen.name}"
+            raise unknown(f"optimizer.{name}", name, known, what)
+    try:
+        made = factory(chosen.learning_rate, **arguments)
+    except Exception as error:
+        raise _refusal("optimizer", error) from None
+    if not (hasattr(made, "init") and hasattr(made, "update")):
+        raise ConfigError(
+            f"{where}: {quote(chosen.name)} must return an optax transform; got a "
+            f"{type(made).__name__}."
+        )
+    return made
 
 
 def _resolve_algorithm(

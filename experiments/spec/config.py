@@ -125,26 +125,31 @@ _OPTIMIZER_FIELDS = {
 class OptimizerConfig:
     """The optimizer that an algorithm is chained with. None means optax's default."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """optax's optimizer of this name."""
+    name: str = "sgd"
+    """optax's sgd, adam or adamw; or package.module:function, which takes the learning
+    rate and what else is set here, such as optax:lion or one of your own."""
     learning_rate: float = 0.1
     """Step size, constant over the run."""
     momentum: float | None = None
-    """sgd only."""
+    """sgd."""
     nesterov: bool | None = None
-    """sgd only."""
+    """sgd."""
     b1: float | None = None
-    """adam and adamw only: decay of the first moment."""
+    """adam and adamw: decay of the first moment."""
     b2: float | None = None
-    """adam and adamw only: decay of the second moment."""
+    """adam and adamw: decay of the second moment."""
     eps: float | None = None
-    """adam and adamw only: added to the root of the second moment."""
+    """adam and adamw: added to the root of the second moment."""
     weight_decay: float | None = None
-    """adamw only: decoupled decay, times the learning rate."""
+    """adamw: decoupled decay, times the learning rate."""
 
     def __post_init__(self):
-        _require_choice("optimizer.name", self.name, tuple(_OPTIMIZER_FIELDS))
         require_ranges(self, _OPTIMIZER_RANGES, "optimizer.")
+        if ":" in self.name:  # of a module: its signature says what it takes
+            return
+        if self.name not in _OPTIMIZER_FIELDS:
+            what = "optimizer (and no package.module:function)"
+            raise unknown("optimizer.name", self.name, _OPTIMIZER_FIELDS, what)
         for name, value in self.arguments().items():
             if name not in _OPTIMIZER_FIELDS[self.name]:
                 users = [k for k, names in _OPTIMIZER_FIELDS.items() if name in names]

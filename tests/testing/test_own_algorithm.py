@@ -31,6 +31,10 @@ def folder(tmp_path, monkeypatch):
         "def pull(n: int, own: float = 0.5):\n"
         "    return topologies.ring(n, self_weight=own)\n"
         "def task():\n    return 3\n"
+        "import optax\n"
+        "def half(learning_rate, momentum=0.0):\n"
+        "    return optax.sgd(learning_rate / 2, momentum)\n"
+        "def three_of(learning_rate):\n    return 3\n"
         "three = 3\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -70,6 +74,42 @@ def test_compressors_and_topologies_of_ones_own(folder):
         " {name: decentralized, topology: own_parts:pull(own=0.4)}]"
     )
     assert bagua_jax(f"run quadratic --steps 5 --algorithms '{algorithms}'") == 0
+
+
+def test_an_optimizer_of_ones_own(folder):
+    def metrics(label, **optimizer):
+        flags = [f"--optimizer.{k.replace('_', '-')} {v}" for k, v in optimizer.items()]
+        command = f"run quadratic --steps 5 --experiment {label} --algorithms bytegrad "
+        assert bagua_jax(command + " ".join(flags)) == 0
+        (found,) = (folder / "runs" / label).glob("bytegrad-*/summary.json")
+        return json.loads(found.read_text())["eval/distance_to_optimum"]
+
+    half = metrics("half", name="own_parts:half", learning_rate=0.2, momentum=0.5)
+    assert half == metrics("sgd", name="sgd", learning_rate=0.1, momentum=0.5)
+    assert half != metrics("lion", name="optax:lion", learning_rate=0.1, b1=0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optimizer.name own_parts:hal", "unknown name in own_parts 'hal'; did you"),
+        (
+            "--optimizer.name own_parts:half --optimizer.b1 0.5",
+            "unknown argument of",
+        ),
+        ("--optimizer.name own_parts:three", "must be a function of the learning rate"),
+        (
+            "--optimizer.name own_parts:three_of",
+            "must return an optax transform; got",
+        ),
+        ("--optimizer.name own_parts:task", "optimizer: TypeError: task() takes 0"),
+        ("--optimizer.name os:system", "is Python's own"),
+        ("--optimizer.name lion", "unknown optimizer"),
+    ],
+)
+def test_errors_of_an_optimizer(folder, capsys, flags, message):
+    assert bagua_jax(f"run quadratic --algorithms bytegrad {flags}") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ A run's folder holds, for each worker::
                     interrupted goes on
     log-0.txt       what the process said
 
-Steps and events are journals with copies
-(:mod:`bagua_jax.experiments.runs.integrity`). A record of the steps states the mark of the events before it, and a save states both
+Steps and events are journals with copies (:mod:`bagua_jax.experiments.runs.integrity`).
+A record of the steps states the mark of the events before it, and a save states both
 marks. What a save states must be there; of what came after it a machine that lost power
 may have lost some, and the run goes on without.
 """

@@ -224,7 +224,7 @@ def optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
         made = factory(chosen.learning_rate, **arguments)
     except Exception as error:
         raise _refusal("optimizer", error) from None
-    if not (hasattr(made, "init") and hasattr(made, "update")):
+    if not isinstance(made, optax.GradientTransformation):
         raise ConfigError(
             f"{where}: {quote(chosen.name)} must return an optax transform; got a "
             f"{type(made).__name__}."

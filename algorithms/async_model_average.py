@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, precision, primitives, schedules
+from bagua_jax import buckets, checks, precision, primitives, resizing, schedules
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.renamed import takes_old_names
@@ -20,6 +20,13 @@ class AsyncModelAverageState(NamedTuple):
     count: jax.Array  # [] int32, steps taken; equal on all workers
     correction: optax.Params | None  # mean - snapshot under way, like params in float32
     # and worker-local; None where staleness is 0
+
+    def resized(self, like, params, workers):
+        """The correction under way, whose mean is 0, is 0."""
+        del params
+        (count,) = resizing.mean((self.count,), workers)
+        zeros = jax.tree.map(jnp.zeros_like, like.correction)
+        return AsyncModelAverageState(count, zeros)
 
 
 @takes_old_names
@@ -73,7 +80,9 @@ def async_model_average(
         step during the warm-up.
 
     State:
-        With staleness one tree like params, worker-local: a mean under way.
+        With staleness one tree like params, worker-local: a mean under way. On another
+        number of workers :func:`bagua_jax.resize` keeps that corrections add up to 0:
+        all are 0.
 
     Theory:
         Corrections add up to zero over the workers: the mean model moves by the mean

@@ -61,7 +61,9 @@ def bytegrad(
 
     State:
         With error feedback, one or two trees like params in float32. Checkpoint them:
-        dropping them loses gradient mass.
+        dropping them loses gradient mass. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of what workers, and all of what owners,
+        have not sent.
 
     Theory:
         With feedback at both ends no mass is lost: the sum of all updates equals the

@@ -12,6 +12,7 @@ from bagua_jax import (
     compatibility,
     precision,
     primitives,
+    resizing,
     schedules,
     topologies,
 )
@@ -30,6 +31,12 @@ class ChocoSGDState(NamedTuple):
     key: jax.Array  # [] typed PRNG key; equal on all workers
     public: optax.Params  # x_hat, what the others know of this worker; 0 at first
     aggregate: optax.Params  # s, the mixed public copies of the neighbours; 0 at first
+
+    def resized(self, like, params, workers):
+        """All public copies are their mean, and so is what a graph mixes of them."""
+        del like, params
+        count, key, public = resizing.mean((self.count, self.key, self.public), workers)
+        return ChocoSGDState(count, key, public, public)
 
 
 def choco_sgd(
@@ -88,7 +95,8 @@ def choco_sgd(
 
     State:
         Two trees like params in float32, worker-local, whatever the degree. Checkpoint
-        them for every worker.
+        them for every worker. On another number of workers :func:`bagua_jax.resize`
+        keeps the mean of the public copies, which all have.
 
     Theory:
         The mean over workers moves by the mean update alone, whatever C. Converges for

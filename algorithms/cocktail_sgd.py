@@ -90,7 +90,9 @@ def cocktail_sgd(
 
     State:
         Three trees like params in float32: the shared copy, equal on all workers, and
-        two of errors, worker-local. With staleness a fourth. Checkpoint them all.
+        two of errors, worker-local. With staleness a fourth. Checkpoint them all. On
+        another number of workers :func:`bagua_jax.resize` keeps the mean of what
+        workers, and all of what owners, have not sent.
 
     Theory:
         Nothing is lost: x_hat - x_0 and what errors and the message under way hold

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
+from bagua_jax import (
+    buckets,
+    checks,
+    compatibility,
+    precision,
+    primitives,
+    resizing,
+    schedules,
+)
 from bagua_jax.algorithms.feedback import ErrorFeedback, init_errors
 from bagua_jax.compatibility import is_stateful
 from bagua_jax.compressors import Compressor
@@ -31,6 +39,13 @@ class CompressedMeanState(NamedTuple):
     codec: tuple[
         Any, ...
     ]  # a stateful compressor's state for each bucket, worker-local
+
+    def resized(self, like, params, workers):
+        """Errors keep their mean and sum; a codec's state that differs begins anew."""
+        count, key = resizing.mean((self.count, self.key), workers)
+        error = self.error.resized(like.error, params, workers)
+        codec = resizing.agreed(self.codec, like.codec, workers)
+        return CompressedMeanState(count, key, error, codec)
 
 
 @takes_old_names
@@ -122,7 +137,10 @@ def compressed_mean(
         worker and one all-gather, of payloads of N/n.
 
     State:
-        The errors, trees like params in float32, and the compressor's own state.
+        The errors, trees like params in float32, and the compressor's own state. On
+        another number of workers :func:`bagua_jax.resize` keeps the mean of what
+        workers, and all of what owners, have not sent; a compressor's state that
+        differs between workers begins anew.
 
     Theory:
         With error feedback wherever something is compressed no mass is lost: the sum

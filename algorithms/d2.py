@@ -59,7 +59,10 @@ def d2(
         For each bucket one collective-permute of float32 for each neighbour; one
         all-reduce for ``"complete"``: what ``decentralized`` sends.
 
-    State: one tree like params in float32, worker-local.
+    State:
+        One tree like params in float32, worker-local. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of the memories: the correction begins
+        anew.
 
     Theory:
         The mean over workers moves by the mean update, and with a constant step size

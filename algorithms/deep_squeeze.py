@@ -82,7 +82,8 @@ def deep_squeeze(
 
     State:
         One tree like params in float32, worker-local: no copies of anybody, so that a
-        worker may forget it at the price of some compression error.
+        worker may forget it at the price of some compression error. On another number
+        of workers :func:`bagua_jax.resize` keeps the mean of the errors.
 
     Theory:
         The mean over workers moves by the mean update alone, whatever C. It compresses

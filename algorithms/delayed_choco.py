@@ -12,6 +12,7 @@ from bagua_jax import (
     compatibility,
     precision,
     primitives,
+    resizing,
     schedules,
     topologies,
 )
@@ -31,6 +32,15 @@ class DelayedChocoState(NamedTuple):
     public: optax.Params  # x_hat, all that this worker has sent; 0 at first
     disagreement: optax.Params  # (W x_hat - x_hat)_i of what has arrived; 0 at first
     in_flight: tuple[optax.Params, ...]  # the changes of it under way, oldest first
+
+    def resized(self, like, params, workers):
+        """All public copies are their mean, and nobody disagrees."""
+        del params
+        count, key, public, in_flight = resizing.mean(
+            (self.count, self.key, self.public, self.in_flight), workers
+        )
+        zeros = jax.tree.map(jnp.zeros_like, like.disagreement)
+        return DelayedChocoState(count, key, public, zeros, in_flight)
 
 
 def delayed_choco(
@@ -95,7 +105,9 @@ def delayed_choco(
 
     State:
         2 + tau trees like params in float32, worker-local, whatever the degree.
-        Checkpoint them for every worker: messages under way are part of the mean.
+        Checkpoint them for every worker: messages under way are part of the mean. On
+        another number of workers :func:`bagua_jax.resize` keeps the mean of the public
+        copies, which all have, and of what is under way; nobody disagrees.
 
     Theory:
         Without compression and for symmetric W of eigenvalues lambda, consensus is

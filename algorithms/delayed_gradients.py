@@ -69,7 +69,8 @@ def delayed_gradients(
     State:
         As many trees like params in float32 as the largest delay, equal on all workers,
         or worker-local where delays differ between them. Checkpoint them: they are
-        gradients that have not been used.
+        gradients that have not been used. On another number of workers
+        :func:`bagua_jax.resize` keeps the gradients under way, or their means.
 
     Theory:
         A trace may use a gradient twice, or never. For one fixed tau, on a quadratic

@@ -81,7 +81,8 @@ def demo(
         a hierarchy each device sends its part of the node's message.
 
     State:
-        One tree like params, worker-local.
+        One tree like params, worker-local. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of the momenta.
 
     Theory:
         T keeps norms, so that what stays of a block has at most the share 1 - k/(its

@@ -71,6 +71,8 @@ def dgc(
 
     State:
         Two trees like params, worker-local. Checkpoint both: v is unsent gradient mass.
+        On another number of workers :func:`bagua_jax.resize` keeps the means of both
+        trees.
 
     Theory:
         Nothing is lost: what was sent over time and v add up to the sum of all u. With

@@ -8,7 +8,15 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, compatibility, precision, primitives, schedules
+from bagua_jax import (
+    buckets,
+    checks,
+    compatibility,
+    precision,
+    primitives,
+    resizing,
+    schedules,
+)
 from bagua_jax.compressors import Compressor
 from bagua_jax.primitives import AxisName
 
@@ -22,6 +30,17 @@ class TrackerState(NamedTuple):
     key: jax.Array  # [] typed PRNG key; equal on all workers
     tracker: optax.Updates  # like params, float32, worker-local; what this worker sent
     mean_tracker: optax.Updates  # like params, float32, equal; the mean of trackers
+
+    def resized(self, like, params, workers):
+        """Every tracker is the mean tracker, which stays."""
+        del params
+        count, key, mean_tracker = resizing.mean(
+            (self.count, self.key, self.mean_tracker), workers
+        )
+        tracker = jax.tree.map(
+            lambda x, like: jnp.broadcast_to(x, like.shape), mean_tracker, like.tracker
+        )
+        return TrackerState(count, key, tracker, mean_tracker)
 
 
 def diana(
@@ -72,7 +91,9 @@ def diana(
 
     State:
         A tree like params for the worker's shift and one, equal on all workers, for
-        their mean. Checkpoint both.
+        their mean. Checkpoint both. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean tracker, from which every tracker goes
+        on.
 
     Theory:
         Unbiased at every step. On strongly convex f with exact local gradients it comes

@@ -82,7 +82,9 @@ def diloco(
 
     State:
         Two trees like params in float32, equal on all workers, and with a compressor
-        two of errors, worker-local.
+        two of errors, worker-local. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of what workers, and all of what owners,
+        have not sent.
 
     Theory:
         ``outer_momentum=0, outer_learning_rate=1`` is ``local_sgd``. On a quadratic of

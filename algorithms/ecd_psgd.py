@@ -80,7 +80,8 @@ def ecd_psgd(
 
     State:
         One tree like params in float32, worker-local, whatever the degree. Checkpoint
-        it for every worker.
+        it for every worker. On another number of workers :func:`bagua_jax.resize` keeps
+        the mean of the estimates.
 
     Theory:
         Where each message adds noise of variance v, an estimate is off by a variance of

@@ -53,7 +53,9 @@ def ef21(
 
     State:
         As ``diana``: ``tracker`` holds this worker's h^i, ``mean_tracker`` their mean,
-        which is updated by increments: a run that resumes needs both.
+        which is updated by increments: a run that resumes needs both. On another number
+        of workers :func:`bagua_jax.resize` keeps the mean tracker, from which every
+        tracker goes on.
 
     Theory:
         With theta = 1 - sqrt(1 - delta), beta = (1 - delta)/theta and a step gamma

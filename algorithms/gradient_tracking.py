@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, precision, primitives, schedules, topologies
+from bagua_jax import (
+    buckets,
+    checks,
+    precision,
+    primitives,
+    resizing,
+    schedules,
+    topologies,
+)
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import Topology
@@ -20,6 +28,13 @@ class GradientTrackingState(NamedTuple):
     count: jax.Array  # [] int32, steps taken; equal on all workers
     correction: optax.Updates  # W y - g of the last step, 0 at first: what one's own
     # gradient lacks; like params, float32, worker-local; its mean over workers is 0
+
+    def resized(self, like, params, workers):
+        """Corrections, whose mean is 0, are 0."""
+        del params
+        (count,) = resizing.mean((self.count,), workers)
+        zeros = jax.tree.map(jnp.zeros_like, like.correction)
+        return GradientTrackingState(count, zeros)
 
 
 def gradient_tracking(
@@ -64,7 +79,9 @@ def gradient_tracking(
         each bucket of both one collective-permute of float32 for each neighbour; one
         all-reduce for ``"complete"``.
 
-    State: one tree like params in float32, worker-local.
+    State:
+        One tree like params in float32, worker-local. On another number of workers
+        :func:`bagua_jax.resize` keeps that corrections add up to 0: all are 0.
 
     Theory:
         The mean of y is the mean of the current gradients, and the mean of x moves by

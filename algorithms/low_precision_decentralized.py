@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, compatibility, primitives, schedules, topologies
+from bagua_jax import (
+    buckets,
+    checks,
+    compatibility,
+    primitives,
+    resizing,
+    schedules,
+    topologies,
+)
 from bagua_jax.algorithms import weights
 from bagua_jax.compressors import Compressor, minmax_uint8
 from bagua_jax.primitives import AxisName
@@ -23,6 +31,16 @@ class LowPrecisionDecentralizedState(NamedTuple):
     key: jax.Array  # [] typed PRNG key; equal on all workers
     replicas: tuple[optax.Params, ...]  # this worker's public model, then a neighbour's
     # for each send of the topology; like params in float32, worker-local
+
+    def resized(self, like, params, workers):
+        """Every copy is the mean of the public models; as many as there are now."""
+        del params
+        count, key, public = resizing.mean(
+            (self.count, self.key, self.replicas[0]), workers
+        )
+        return LowPrecisionDecentralizedState(
+            count, key, (public,) * len(like.replicas)
+        )
 
 
 @takes_old_names
@@ -85,7 +103,9 @@ def low_precision_decentralized(
 
     State:
         1 + (number of neighbours) trees like params, worker-local. Checkpoint them for
-        every worker: replicas that no longer agree do not recover.
+        every worker: replicas that no longer agree do not recover. On another number of
+        workers :func:`bagua_jax.resize` keeps the mean of the public models, of which
+        all are copies.
 
     Theory:
         The mean over workers moves by the mean update plus the mean compression error.

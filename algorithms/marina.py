@@ -85,7 +85,8 @@ def marina(
 
     State:
         Three trees like params: the estimate, this worker's last gradient, and the
-        parameters it was taken at. Checkpoint them all.
+        parameters it was taken at. Checkpoint them all. On another number of workers
+        :func:`bagua_jax.resize` keeps the estimate, and the mean of the last gradients.
 
     Theory:
         Noise is that of differences, which vanish as the parameters settle: with full

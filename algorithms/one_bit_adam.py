@@ -96,7 +96,9 @@ def one_bit_adam(
         2(n-1)/n bits per element and worker.
 
     State:
-        Two trees like params, equal on all workers, and two of errors, worker-local.
+        Two trees like params, equal on all workers, and two of errors, worker-local. On
+        another number of workers :func:`bagua_jax.resize` keeps the mean of what
+        workers, and all of what owners, have not sent.
 
     Theory:
         With C the identity, heavy ball over a fixed preconditioner. Feedback at both

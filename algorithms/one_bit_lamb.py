@@ -129,7 +129,9 @@ def one_bit_lamb(
 
     State:
         Three trees like params and three numbers a leaf, equal on all workers, and two
-        trees of errors, worker-local.
+        trees of errors, worker-local. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of what workers, and all of what owners,
+        have not sent.
 
     Theory:
         The update of a layer has the norm of its weights times gamma during the

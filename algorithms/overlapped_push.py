@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, precision, primitives, schedules, topologies
+from bagua_jax import (
+    buckets,
+    checks,
+    precision,
+    primitives,
+    resizing,
+    schedules,
+    topologies,
+)
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import MixingStep, Topology
@@ -28,6 +36,18 @@ class OverlappedPushState(NamedTuple):
     count: jax.Array  # [] int32, steps taken; equal on all workers
     mass: jax.Array  # [] float32, w_i, 1 at first; worker-local
     in_flight: tuple[Parcel, ...]  # under way, oldest first; empty at first
+
+    def common_model(self, params):
+        """Average what is held and what is under way, by mass."""
+        masses = [self.mass, *(parcel.mass for parcel in self.in_flight)]
+        return resizing.by_mass(params, masses, *(p.model for p in self.in_flight))
+
+    def resized(self, like, params, workers):
+        """All that was under way has arrived; every worker has the same, and mass 1."""
+        del params
+        (count,) = resizing.mean((self.count,), workers)
+        nothing = jax.tree.map(jnp.zeros_like, like.in_flight)
+        return OverlappedPushState(count, jnp.ones_like(like.mass), nothing)
 
 
 def overlapped_push(
@@ -84,7 +104,9 @@ def overlapped_push(
     State:
         A counter, equal on all workers; the mass, a scalar for each; tau trees like
         params in float32 with their masses, worker-local. Checkpoint them for every
-        worker: parcels under way are part of the mean.
+        worker: parcels under way are part of the mean. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean by mass of the models and of what is
+        under way, all of which arrives; every mass is 1.
 
     Theory:
         Masses of workers and of parcels add up to n, and their models to n times a mean

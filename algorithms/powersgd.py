@@ -76,7 +76,8 @@ def powersgd(
 
     State:
         Q of each matrix, equal on all workers, and a tree of errors like params,
-        worker-local. Checkpoint both.
+        worker-local. Checkpoint both. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of the errors.
 
     Theory:
         u is an orthogonal projection of the mean matrix M: the squared norms of u and

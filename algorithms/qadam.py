@@ -100,7 +100,9 @@ def qadam(
         all-to-all and one all-gather of payloads for each.
 
     State:
-        Two trees like params, equal on all workers, and the errors, worker-local.
+        Two trees like params, equal on all workers, and the errors, worker-local. On
+        another number of workers :func:`bagua_jax.resize` keeps the mean of what
+        workers, and all of what owners, have not sent.
 
     Differences from the original:
         Exactly W steps update both moments (it loses the gradient of step W). The

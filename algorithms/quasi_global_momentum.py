@@ -71,7 +71,9 @@ def quasi_global_momentum(
         For each bucket one collective-permute of float32 for each neighbour of the
         step: what ``decentralized`` sends.
 
-    State: a counter, and one tree like params in float32, worker-local.
+    State:
+        A counter, and one tree like params in float32, worker-local. On another number
+        of workers :func:`bagua_jax.resize` keeps the mean of the directions.
 
     Theory:
         One worker has :math:`\hat m \leftarrow (\mu + \beta - \mu \beta) \hat m +

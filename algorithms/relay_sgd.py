@@ -24,6 +24,13 @@ class RelaySGDState(NamedTuple):
     heard: tuple[optax.Params, ...]  # from a neighbour for each: the mean model of all
     # workers on its side, x_0 at first; like params in float32, worker-local
 
+    def resized(self, like, params, workers):
+        """All have heard the new model, as at the start."""
+        del self, workers
+        return RelaySGDState(
+            tuple(optax.tree.cast_like(params, heard) for heard in like.heard)
+        )
+
 
 def relay_sgd(
     *,
@@ -75,7 +82,8 @@ def relay_sgd(
 
     State:
         A tree like params in float32 for each neighbour of the busiest worker,
-        worker-local. Checkpoint them for every worker.
+        worker-local. Checkpoint them for every worker. On another number of workers
+        :func:`bagua_jax.resize` keeps no memory: all have heard the mean model.
 
     Theory:
         A worker's model is the mean of all models, each as old as its way is long: with

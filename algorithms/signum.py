@@ -70,7 +70,8 @@ def signum(
         was finite; else the vote is NaN on all workers.
 
     State:
-        One tree like params, worker-local.
+        One tree like params, worker-local. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of the momenta.
 
     Theory:
         Every element moves by exactly gamma, down where all gradients are zero: keep

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bagua_jax import buckets, checks, precision, primitives, schedules, topologies
+from bagua_jax import (
+    buckets,
+    checks,
+    precision,
+    primitives,
+    resizing,
+    schedules,
+    topologies,
+)
 from bagua_jax.algorithms import weights
 from bagua_jax.primitives import AxisName
 from bagua_jax.topologies import Topology
@@ -19,6 +27,16 @@ class StochasticGradientPushState(NamedTuple):
 
     count: jax.Array  # [] int32, steps taken; equal on all workers
     mass: jax.Array  # [] float32, w_i, 1 at first; worker-local
+
+    def common_model(self, params):
+        """Average the parameters by mass."""
+        return resizing.by_mass(params, [self.mass])
+
+    def resized(self, like, params, workers):
+        """Every worker has the same model, and mass 1."""
+        del params
+        (count,) = resizing.mean((self.count,), workers)
+        return StochasticGradientPushState(count, jnp.ones_like(like.mass))
 
 
 def stochastic_gradient_push(
@@ -61,7 +79,10 @@ def stochastic_gradient_push(
         For each bucket one collective-permute of float32 for each neighbour of the
         step; the mass rides with the first bucket, 4 bytes.
 
-    State: a counter, equal on all workers, and the mass, a scalar for each.
+    State:
+        A counter, equal on all workers, and the mass, a scalar for each. On another
+        number of workers :func:`bagua_jax.resize` keeps the mean by mass of the models;
+        every mass is 1.
 
     Theory:
         Masses add up to n, and the mass-weighted mean of z moves by the mean update.

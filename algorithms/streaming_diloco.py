@@ -100,7 +100,9 @@ def streaming_diloco(
 
     State:
         Two trees like params in float32, equal on all workers, and with a compressor
-        two of errors, worker-local.
+        two of errors, worker-local. On another number of workers
+        :func:`bagua_jax.resize` keeps the mean of what workers, and all of what owners,
+        have not sent.
 
     Theory:
         Each fragment follows DiLoCo by itself: ``fragments=1, staleness=0, mixing=0``

@@ -114,7 +114,9 @@ def zero_one_adam(
 
     State:
         Six trees like params, of which the variance and the anchor are equal on all
-        workers. Evaluate right after a synchronization, or on the anchor.
+        workers. Evaluate right after a synchronization, or on the anchor. On another
+        number of workers :func:`bagua_jax.resize` keeps the mean of what workers, and
+        all of what owners, have not sent.
 
     Theory:
         Synchronizing and refreshing at every step with C the identity it is Adam

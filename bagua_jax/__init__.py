@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bagua_jax.jitted import data_parallel
     from bagua_jax.loss_scale import dynamic_loss_scale, scale_gradient
     from bagua_jax.primitives import worker_key, worker_local
+    from bagua_jax.resizing import resize
     from bagua_jax.sharding import sharded
     from bagua_jax.workers import Workers
     from bagua_jax.wrappers import accumulate, local, varying
@@ -59,6 +60,7 @@ __all__ = [
     "processes",
     "scale_gradient",
     "schedules",
+    "resize",
     "sharded",
     "skip_not_finite",
     "testing",
@@ -79,6 +81,7 @@ _HOME = {
     "data_parallel": "jitted",
     "local": "wrappers",
     "nnx_value_and_grad": "gradients",
+    "resize": "resizing",
     "sharded": "sharding",
     "skip_not_finite": "guards",
     "value_and_grad": "gradients",

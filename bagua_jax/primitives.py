@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bagua_jax import schedules
+from bagua_jax import resizing, schedules
 from bagua_jax.compressors import Compressor, Payload
 from bagua_jax.marks import mark
 from bagua_jax.topologies import MixingStep, Topology
@@ -760,6 +760,13 @@ class Errors(NamedTuple):
 
     worker: jax.Array | None = None  # [N] not yet sent by this worker; varying
     owner: jax.Array | None = None  # [N] not yet sent by the owner of the part; varying
+
+    def resized(self, like: "Errors", params: Any, workers: int) -> "Errors":
+        """Keep the mean of what workers, and all of what owners, have not sent."""
+        del like, params
+        return Errors(
+            resizing.mean(self.worker, workers), resizing.total(self.owner, workers)
+        )
 
 
 def c_lp_s(

@@ -94,6 +94,11 @@ def main(command: Async) -> int:
     from bagua_jax.experiments.runs import asynchronous as runs
     from bagua_jax.experiments.spec import catalog
 
+    if config.resume_from:
+        raise ConfigError(
+            "resume_from: is of `bagua-jax run`; a worker of `async` goes on from what "
+            "it saved itself."
+        )
     chosen = catalog.resolve(config)
     if command.addresses:
         raise ConfigError("--addresses: belongs to --worker; without it they are free.")

@@ -28,7 +28,13 @@ from bagua_jax import (
     worker_local,
 )
 from bagua_jax.compressors import numerics
-from bagua_jax.experiments.runs import checkpoint, folders, integrity, supervise
+from bagua_jax.experiments.runs import (
+    ancestry,
+    checkpoint,
+    folders,
+    integrity,
+    supervise,
+)
 from bagua_jax.experiments.runs.folders import RunError
 from bagua_jax.experiments.runs.integrity import Journal, Mark, Records
 from bagua_jax.experiments.runs.progress import progress
@@ -398,6 +404,20 @@ def train(
         say=say,
     )
     kept = {name: marks[name][0] if start else 0 for name in found}
+    if config.resume_from and not start:
+        ancestor = ancestry.find(config)
+        state = ancestry.inherit(
+            ancestor,
+            lambda axis: functions(ancestor.config, task, axis)[0],
+            jax.device_get(jax.jit(task.init)(jax.random.key(config.seed))),
+            program.state,
+            config.workers,
+        )
+        ancestry.write(folder, ancestor, folders.name_of(config))
+        say(
+            f"begins with step {ancestor.step} of {ancestor.folder}, which "
+            f"{ancestor.config.workers} workers trained"
+        )
 
     with (
         _journals(config, folder, found, kept, say) as journals,
@@ -720,6 +740,8 @@ def run(
             summary, marks = train(config, task, data, console, folder)
             if processes.is_first():
                 path, name = folder / _SUMMARY, folders.name_of(config)
+                if ancestors := ancestry.read(folder, name):
+                    summary["ancestors"] = ancestors
                 integrity.write_document(path, summary, name, marks)
                 folders.log(folder, "finished")
             return summary

@@ -242,6 +242,8 @@ class ExperimentConfig:
     """How many of the newest checkpoints stay on disk."""
     output: str = "runs"
     """Folder of all experiments."""
+    resume_from: str = ""
+    """Folder of a run with any number of workers, whose state this run begins with."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """What algorithms are chained with that are no optimizers themselves."""
     claims: Suppress[tuple[str, ...]] = ()
@@ -254,6 +256,8 @@ class ExperimentConfig:
         _require_choice("on_nan", self.on_nan, ("stop", "skip", "drop"))
         require_ranges(self, _RANGES)
         _require_path("output", self.output)
+        if self.resume_from:
+            _require_path("resume_from", self.resume_from)
         if not self.algorithms:
             raise ConfigError(
                 "algorithms: must list at least one algorithm, got none. "
@@ -491,8 +495,9 @@ def dump(config: ExperimentConfig) -> str:
         raw["optimizer"] = _set_fields(config.optimizer)
     raw["algorithms"] = [_as_yaml(a) for a in config.algorithms]
     raw["claims"] = list(config.claims)
-    if not config.claims:
-        del raw["claims"]
+    for name in ("claims", "resume_from"):
+        if not raw[name]:
+            del raw[name]
     return yaml.safe_dump(raw, sort_keys=False)
 
 
@@ -512,18 +517,23 @@ def identity(config: ExperimentConfig) -> dict[str, Any]:
     own.pop("optimizer", None)
     optimizer = algorithm.optimizer or config.optimizer
     skips = {"on_nan": "skip"} if config.on_nan == "skip" else {}
-    return skips | {
-        "task": config.task,
-        "workers": config.workers,
-        "where": config.where,
-        "sharding": config.sharding,
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "eval_every": config.eval_every,
-        "optimizer": _set_fields(optimizer),
-        "algorithm": own,
-    }
+    origin = {"resume_from": config.resume_from} if config.resume_from else {}
+    return (
+        skips
+        | origin
+        | {
+            "task": config.task,
+            "workers": config.workers,
+            "where": config.where,
+            "sharding": config.sharding,
+            "steps": config.steps,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "eval_every": config.eval_every,
+            "optimizer": _set_fields(optimizer),
+            "algorithm": own,
+        }
+    )
 
 
 def run_name(config: ExperimentConfig) -> str:

@@ -1,6 +1,7 @@
 """Another number of workers: what a state of n keeps when m go on."""
 
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from table import ONE_EACH, ROWS, ids, run, targets, training
 
 import bagua_jax
-from bagua_jax import Workers, compressors
+from bagua_jax import Workers, compressors, resizing
 from bagua_jax import algorithms as alg
 from bagua_jax.loops import spec_leaves
 from bagua_jax.primitives import Errors
@@ -24,7 +25,7 @@ every_algorithm = pytest.mark.parametrize("row", ONE_EACH, ids=ids(ONE_EACH))
 def fits(row, n: int) -> bool:
     """Whether a row's own graph or trace of delays exists for n workers."""
     try:
-        training(Workers.simulate(n), row).init()
+        run(Workers.simulate(n), row, 1)
     except ValueError:
         return False
     return True
@@ -216,9 +217,32 @@ def test_what_is_no_number_must_be_equal():
 
 
 def test_workers_in_nodes_are_refused(devices):
-    workers = Workers.devices(4, nodes=2)
-    row = next(r for r in ROWS if r.algorithm == "bytegrad")
+    workers = Workers.devices((2, 2))
+    row = next(r for r in ROWS if r.options.get("error_feedback") == "both")
     loop = training(workers, row)
     assert any(len(s) and isinstance(s[0], tuple) for s in spec_leaves(loop.specs))
     with pytest.raises(ValueError, match="of workers in nodes"):
         bagua_jax.resize(loop.init(), loop.specs, loop.init(), workers=4)
+
+
+class OwnState(NamedTuple):
+    """State of someone's own algorithm: a mean, and a memory that begins anew."""
+
+    momentum: jax.Array
+    memory: jax.Array
+
+    def resized(self, like, params, workers):
+        assert params.shape == (workers, 2)
+        return OwnState(resizing.mean(self.momentum, workers), like.memory)
+
+
+def test_a_state_of_ones_own_has_its_own_rule():
+    x = jnp.array([[0.0, 2.0], [4.0, 4.0]])
+    state = x, {"mine": OwnState(2 * x, 3 * x)}
+    specs = P(AXIS), {"mine": OwnState(P(AXIS), P(AXIS))}
+    zeros = jnp.zeros((3, 2))
+    like = zeros, {"mine": OwnState(zeros, zeros)}
+    new, rest = bagua_jax.resize(state, specs, like, workers=3)
+    assert new.tolist() == [[2.0, 3.0]] * 3
+    assert rest["mine"].momentum.tolist() == [[4.0, 6.0]] * 3
+    assert rest["mine"].memory.tolist() == zeros.tolist()

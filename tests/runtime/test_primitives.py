@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from oracles import gradient_side
 from oracles import topologies as matrices
 from oracles.codec import minmax_uint8
 from oracles.gradient_side import ring_reduced, sign_l1
@@ -637,6 +638,27 @@ def test_zeros_that_fill_up_take_no_part_in_a_scale(place, size):
     expected = ring_reduced(sign_l1, np.float64(x), zeros, None)
     np.testing.assert_allclose(got[0], np.broadcast_to(expected[0], x.shape), atol=1e-6)
     np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
+
+
+@both_places
+@pytest.mark.parametrize("size", [3, 9, 13, 5003])
+def test_zeros_that_fill_up_take_no_part_in_an_owners_scale(place, size):
+    """What nothing decodes to is no value of the mean that owners compress again."""
+    n = 8
+    workers, x = PLACES[place](n), random(n, size)
+    zeros = np.zeros((n, size), np.float32)
+    mean, errors = everywhere(
+        workers,
+        lambda x, d, e: primitives.c_lp_s(x, SIGN, Errors(d, e), axis_name="workers"),
+        x,
+        zeros,
+        zeros,
+    )
+    expected, _, owner = gradient_side.scatter_reduced(
+        sign_l1, np.float64(x), zeros, zeros
+    )
+    np.testing.assert_allclose(mean, np.broadcast_to(expected, x.shape), atol=1e-5)
+    np.testing.assert_allclose(errors.owner, owner, atol=1e-5)
 
 
 def test_filling_up_is_compiled_into_the_packing():

@@ -237,7 +237,7 @@ MUTATIONS = {
         "algorithms/adasum.py",
         "(1 - ab / (2 * jnp.where(x == 0, 1, x)) for x in own)",
         "(1 - ab / jnp.where(x == 0, 1, x) for x in own)",
-        f"{_ALGORITHMS}/test_gradient_side.py -k adasum",
+        f"{_ALGORITHMS}/test_estimators.py -k adasum",
     ),
     "gradients of another step": Mutation(
         "delayed_gradients are a step younger than they say",

@@ -37,16 +37,16 @@ ORDER = (
 )
 POSITIONAL = ("learning_rate", "compressor")
 
-# Of each renamed argument two values, the second of which changes what it decides.
+# Of each renamed argument its name now, and two values that make a difference.
 VALUES = {
-    "period": (2, 3),
-    "communication_interval": (2, 3),
-    "start_step": (1, 2),
-    "mask_ratio": (0.5, 0.25),
-    "density": (0.5, 0.25),
-    "mixing_rate": (0.5, 0.25),
-    "slow_learning_rate": (1.0, 0.5),
-    "slow_momentum": (0.5, 0.25),
+    "period": ("local_steps", 2, 3),
+    "communication_interval": ("local_steps", 2, 3),
+    "start_step": ("warmup_steps", 1, 2),
+    "mask_ratio": ("ratio", 0.5, 0.25),
+    "density": ("ratio", 0.5, 0.25),
+    "mixing_rate": ("consensus_step_size", 0.5, 0.25),
+    "slow_learning_rate": ("outer_learning_rate", 1.0, 0.5),
+    "slow_momentum": ("outer_momentum", 0.5, 0.25),
 }
 NEEDED = {
     "cocktail_sgd": {"compressor": compressors.identity()},
@@ -109,7 +109,8 @@ def trained(name: str, **options) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "old", "new"), RENAMED)
 def test_an_old_name_works_and_says_the_new_one(name, old, new):
-    first, second = VALUES[old]
+    expected, first, second = VALUES[old]
+    assert new == expected
     message = rf"^{name}: {old} is called {new}; the old name works until 0\.3\.0\.$"
     with pytest.warns(DeprecationWarning, match=message) as seen:
         by_old = trained(name, **{old: second})

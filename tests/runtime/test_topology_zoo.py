@@ -1091,11 +1091,3 @@ def test_a_graph_that_is_nearly_symmetric_is_not():
     )
     graph = topologies.from_matrix(tilted)
     assert graph.doubly_stochastic and not graph.symmetric
-
-
-@pytest.mark.parametrize("n", [3, 5, 8])
-def test_a_directed_ring_hears_from_the_worker_behind(n):
-    """Its eigenvalues are those of the ring the other way around."""
-    behind = np.roll(np.eye(n), 1, axis=0)  # row i: worker i - 1
-    found = topologies.directed_ring(n).mixing_matrix(0)
-    np.testing.assert_array_equal(found, (np.eye(n) + behind) / 2)

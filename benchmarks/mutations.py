@@ -146,7 +146,7 @@ MUTATIONS = {
         "algorithms/one_bit_adam.py",
         "(step > warmup_steps).astype(jnp.int32)",
         "(step > warmup_steps + 1).astype(jnp.int32)",
-        f"{_ALGORITHMS}/test_optimizers.py -k one_bit_adam",
+        f"{_ALGORITHMS}/test_gradient_side.py -k one_bit_adam",
     ),
     "no correction of the bias": Mutation(
         "qadam steps with the raw momentum",
@@ -230,7 +230,7 @@ MUTATIONS = {
         "algorithms/gradient_tracking.py",
         "correction=optax.tree.sub(mixed, grads),",
         "correction=mixed,",
-        f"{_ALGORITHMS}/test_weight_side.py {_ALGORITHMS}/test_gossip.py -k tracking",
+        f"{_ALGORITHMS}/test_optimizers.py {_ALGORITHMS}/test_trajectories.py -k tracking",
     ),
     "a sum in place of Adasum": Mutation(
         "products are not halved",

@@ -230,7 +230,7 @@ MUTATIONS = {
         "algorithms/gradient_tracking.py",
         "correction=optax.tree.sub(mixed, grads),",
         "correction=mixed,",
-        f"{_ALGORITHMS}/test_optimizers.py {_ALGORITHMS}/test_trajectories.py -k tracking",
+        f"{_ALGORITHMS}/test_optimizers.py -k tracking",
     ),
     "a sum in place of Adasum": Mutation(
         "products are not halved",

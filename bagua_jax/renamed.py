@@ -2,10 +2,18 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["ARGUMENTS", "UNTIL", "VALUES", "takes_old_names", "translate"]
+__all__ = [
+    "ARGUMENTS",
+    "FLAGS",
+    "UNTIL",
+    "VALUES",
+    "takes_old_names",
+    "translate",
+    "translate_flags",
+]
 
 UNTIL = "0.3.0"
 """The version in which the old names end."""
@@ -31,6 +39,9 @@ VALUES: Mapping[tuple[str, str], tuple[Any, Any]] = {
     ("compressed_mean", "error_feedback"): (None, "auto"),
 }
 """Of a function's argument: a value that was renamed, and what it is now."""
+
+FLAGS: Mapping[str, str] = {"--fruitless": "--give-up-after"}
+"""The old name of a flag of the command line, and the name that it has now."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -93,4 +104,21 @@ def translate(
             warn(f"{new}={old_value!r} is called {new_value!r}; the old value")
             value = new_value
         translated[new] = value
+    return translated
+
+
+def translate_flags(words: Sequence[str]) -> list[str]:
+    """Put today's flags in the place of old ones, each with a warning.
+
+    Args:
+        words: of a command line; ``--flag value`` and ``--flag=value``.
+    """
+    translated = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in FLAGS:
+            text = f"{flag} is called {FLAGS[flag]}; the old name works until {UNTIL}."
+            warnings.warn(text, DeprecationWarning, 2)
+            word = FLAGS[flag] + equals + value
+        translated.append(word)
     return translated

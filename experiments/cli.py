@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _warn
     old_name = rf".* works until {re.escape(renamed.UNTIL)}\.$"
     warnings.filterwarnings("default", old_name, DeprecationWarning)
+    argv = renamed.translate_flags(argv)
     degrade(sys.stdout, sys.stderr)
     try:
         status = _main(argv)

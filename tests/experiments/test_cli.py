@@ -35,6 +35,16 @@ def bagua_jax(*argv: str, cwd, **env: str) -> subprocess.CompletedProcess:
     return python("-m", "bagua_jax.experiments", *argv, cwd=cwd, **env)
 
 
+# --- old names ---
+
+
+@pytest.mark.parametrize("words", [("--fruitless", "x"), ("--fruitless=x",)])
+def test_an_old_flag_is_read_and_says_the_new_one(lab, words):
+    status, _, complaint = lab.main("launch", "-n", "2", *words, "--", "run", "demo")
+    assert status == 2 and "--give-up-after" in complaint.replace("\n", " ")
+    assert "--fruitless is called --give-up-after; the old name works" in complaint
+
+
 # --- help and lists ---
 
 

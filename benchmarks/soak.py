@@ -496,8 +496,8 @@ def lost(plan: Plan, output: Path) -> list[str]:
             found.append(f"worker {worker}: {models} bytes of models, {told} records")
     metrics = integrity.peek(folder / "metrics.jsonl")
     first, last = (metrics[k]["eval/distance_to_optimum"] for k in (0, -1))
-    # A worker that fell behind ends alone, and pulls all to the optimum of its own share
-    # of the data, which may be a quarter of the way back.
+    # A worker that fell behind ends alone, and pulls all to the optimum of its own
+    # share of the data, which may be a quarter of the way back.
     if not last < first / 3:
         found.append(f"distance to the optimum: {first} at first, {last} at the end")
     if plan.mode == "rounds" and not metrics[-1]["consensus/distance_sq"] < 1e-9:

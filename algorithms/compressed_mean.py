@@ -311,7 +311,6 @@ def _require_feedback(
         compressor,
         stateful=True,
         unsafe=unsafe,
-        stacklevel=4,
     )
     fed_back_in_vain = kept and compatibility.has_no_scale(compressor)  # refused below
     if kept != ends and not fed_back_in_vain:

@@ -70,8 +70,8 @@ def local_sgd(
         Post-local SGD's first phase averages models instead of gradients. That is the
         same for optimizers that are linear in the gradient, as long as their states are
         equal: until the first local phase, in which momentum buffers come apart.
-        ``async_model_average`` with
-        ``staleness=0`` is the same algorithm under BAGUA's name.
+        ``async_model_average`` with ``staleness=0`` is the same algorithm under BAGUA's
+        name.
 
     References:
         Stich, `Local SGD Converges Fast and Communicates Little`, 2019. Lin et al.,

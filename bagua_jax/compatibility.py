@@ -28,7 +28,6 @@ Without feedback such a code is warned of; with it, it is refused.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -36,6 +35,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from bagua_jax import warning
 from bagua_jax.compressors import Compressor
 
 __all__ = [
@@ -260,7 +260,6 @@ def require_compressor(
     cure: str | None = None,
     published: str = "",
     unsafe: bool = False,
-    stacklevel: int = 3,
 ) -> Callable[[int], None]:
     """Refuse or warn of a compressor that an algorithm cannot bear.
 
@@ -277,7 +276,6 @@ def require_compressor(
         published: the name of a compressor of which nothing is said: the method's own,
             which its paper analyses by other means.
         unsafe: say nothing, for experiments that show what goes wrong.
-        stacklevel: of the warning; 3 is who calls the algorithm.
 
     Returns:
         A function of a vector's length that refuses what that length forbids.
@@ -329,5 +327,5 @@ added to what is compressed next. Use sign.
     if all(verdict.kind == "refused" for verdict in verdicts):
         refuse_at(_TYPICAL)
     if verdicts[-1].kind == "warned":
-        warnings.warn(text_of(verdicts[-1]), stacklevel=stacklevel)
+        warning.warn(text_of(verdicts[-1]))
     return refuse_at if unbiased else lambda d: None

@@ -1,9 +1,10 @@
 """Arguments that have been renamed: what they were called, for one minor version."""
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
+
+from bagua_jax import warning
 
 __all__ = [
     "ARGUMENTS",
@@ -62,20 +63,17 @@ def takes_old_names(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return function(*args, **translate(function.__name__, kwargs, stacklevel=3))
+        return function(*args, **translate(function.__name__, kwargs))
 
     return call
 
 
-def translate(
-    name: str, arguments: Mapping[str, Any], *, stacklevel: int = 2
-) -> dict[str, Any]:
+def translate(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Put today's names and values in the place of old ones, each with a warning.
 
     Args:
         name: of the function.
         arguments: by name, of now or before.
-        stacklevel: of the warnings, as :func:`warnings.warn` counts.
 
     Returns:
         The arguments by today's names, in the same order.
@@ -85,8 +83,7 @@ def translate(
     """
 
     def warn(message: str):
-        text = f"{name}: {message} works until {UNTIL}."
-        warnings.warn(text, DeprecationWarning, stacklevel + 1)
+        warning.warn(f"{name}: {message} works until {UNTIL}.", DeprecationWarning)
 
     renamed = ARGUMENTS.get(name, {})
     translated = {}
@@ -118,7 +115,7 @@ def translate_flags(words: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in FLAGS:
             text = f"{flag} is called {FLAGS[flag]}; the old name works until {UNTIL}."
-            warnings.warn(text, DeprecationWarning, 2)
+            warning.warn(text, DeprecationWarning)
             word = FLAGS[flag] + equals + value
         translated.append(word)
     return translated

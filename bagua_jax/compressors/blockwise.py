@@ -78,10 +78,11 @@ def blockwise(
         A NaN or infinity makes its whole block NaN.
 
     References:
-        Block quantisation as in CGX (Markov et al., 2021, arXiv 2111.08617) and ZeRO++
-        (Wang et al., 2023, arXiv 2306.10209). The constant is derived: two elements
-        reach the range R, so that \|x\|^2 >= R^2/2, and D - 2 are wrong by half a level
-        at most (or have variance Delta^2/4). (1, -1, 0, ...) attains it.
+        Block quantisation as in CGX (Markov et al., 2021, arXiv 2111.08617). ZeRO++
+        (Wang et al., 2023, arXiv 2306.10209) quantises blocks, too, but on a symmetric
+        grid that is clamped. The constant is derived: two elements reach the range R,
+        so that \|x\|^2 >= R^2/2, and D - 2 are wrong by half a level at most (or have
+        variance Delta^2/4). (1, -1, 0, ...) attains it.
 
     Example:
         >>> import jax.numpy as jnp

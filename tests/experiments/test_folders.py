@@ -117,7 +117,7 @@ def test_two_commands_in_one_folder_do_not_meet(lab):
     assert lab.run()[0] == 0
     folder = lab.folder()
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    program = "import sys, pathlib; from bagua_jax.experiments import folders\n"
+    program = "import sys, pathlib; from bagua_jax.experiments.runs import folders\n"
     program += "with folders.locked(pathlib.Path(sys.argv[1])): print(), input()"
     with subprocess.Popen(
         [sys.executable, "-uc", program, str(folder)],

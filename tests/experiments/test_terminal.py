@@ -164,7 +164,7 @@ def test_ctrl_c_while_it_trains_leaves_what_can_be_continued(tmp_path):
 def test_where_ctrl_c_is_ignored_it_stays_so():
     program = (
         "import signal; signal.signal(2, signal.SIG_IGN);"
-        "from bagua_jax.experiments import terminal;"
+        "from bagua_jax.experiments.commands import terminal;"
         "terminal.stop_at_once(); terminal.interruptible();"
         "print(signal.getsignal(2) is signal.SIG_IGN)"
     )
